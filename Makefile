@@ -1,0 +1,55 @@
+# make piano · make test · make book · make bench · make chapters · make clean
+# Each sets up what it needs, in .venv. Another interpreter: make piano PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+START  := $(shell date +%s)
+PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+since   = $$(( $$(date +%s) - $(1) )) s
+
+.PHONY: help piano test book bench chapters clean
+.DELETE_ON_ERROR:
+
+help:
+	@head -n 2 Makefile
+
+piano: $(VENV)/.installed
+	@begin=$$(date +%s); \
+	$(BIN)/pianodiff generate --seconds 20 --seed 7 --out piano.wav --image piano.png && \
+	echo "piano.wav and piano.png: 20 s of music in $(call since,$$begin), $(call since,$(START)) with the installation"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+# Nothing is executed: the chapters' outputs are committed, and `make chapters` renews them.
+book: $(VENV)/.installed-dev
+	$(BIN)/jupyter-book build . --config book/_config.yml --toc _toc.yml --path-output book -W --keep-going -n -q
+	@echo "The book: book/_build/html/index.html"
+
+bench: $(VENV)/.installed-dev
+	@for script in $(sort $(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# One chapter: make chapters NB=nbs/02_audio.ipynb
+chapters: $(VENV)/.installed-dev
+	$(BIN)/python book/execute.py $(NB)
+	$(BIN)/nbdev_clean
+
+clean:
+	rm -rf piano.wav piano.png book/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find pianodiff tests bench book nbs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "pianodiff needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { \
+	  echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt settings.ini | $(BIN)/pip
+	$(PIP) .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) '.[dev]'
+	@touch $@

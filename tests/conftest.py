@@ -1,0 +1,27 @@
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")      # pictures are drawn, not shown
+os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test asks a network
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of recordings and soundfont beside the checkout, which is not part of it."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("../shared/data is missing: this test needs the performances and the soundfont there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fluidsynth() -> str:
+    """The MIDI renderer's path."""
+    if not (program := shutil.which("fluidsynth")):
+        pytest.skip("fluidsynth is missing: apt-get install fluidsynth")
+    return program

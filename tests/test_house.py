@@ -1,0 +1,200 @@
+"""The house: chapters run, exports are fresh, imports point upwards, the contract holds, no file knows this machine."""
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "pianodiff"
+CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
+BIN = Path(sys.executable).parent
+
+# DESIGN's table: what each module may import of the package. The commands may import all.
+MAY_IMPORT = {
+    "audio": set(),
+    "data": {"audio"},
+    "unet": set(),
+    "edm": set(),
+    "train": {"data", "unet", "edm"},
+    "sampler": {"edm"},
+    "generate": {"audio", "unet", "edm", "sampler"},
+    "show": {"audio"},
+}
+MAY_IMPORT["cli"] = set(MAY_IMPORT)
+
+# The contract: the parameters that each public name has at least, in this order, those after "*" by name.
+SAMPLER = ("denoise latents cond * sigmas num_steps sigma_min sigma_max rho S_churn S_min S_max S_noise randn_like "
+           "dtype callback")
+CONTRACT = {
+    "audio.SpectrogramConfig": "sample_rate n_fft hop_length n_frames top_db",
+    "audio.load_audio": "path sample_rate",
+    "audio.save_audio": "path wave sample_rate",
+    "audio.to_spectrogram": "wave cfg",
+    "audio.to_magnitude": "spec cfg",
+    "audio.to_wave": "spec cfg * n_iter",
+    "audio.griffin_lim": "magnitude cfg * n_iter momentum generator",
+    "data.prepare": "source store cfg * splits jobs",
+    "data.BlockDataset": "store split * random_offset",
+    "data.example_performance": "seconds seed",
+    "edm.karras_sigmas": "num_steps sigma_min sigma_max rho",
+    "edm.Denoiser": "net sigma_data",
+    "edm.edm_loss": "denoiser y cond * P_mean P_std generator",
+    "sampler.heun_sample": SAMPLER,
+    "sampler.euler_sample": SAMPLER,
+    "generate.Piano.from_pretrained": "name_or_path device",
+    "generate.Piano.generate": "seconds * seed prompt sampler num_steps guidance callback",
+    "generate.Piano.stream": "seconds * seed prompt sampler num_steps guidance callback",
+    "generate.Piano.spectrogram": "seconds * seed prompt sampler num_steps guidance callback",
+    "generate.Piano.save_pretrained": "folder",
+}
+DEFAULTS = {
+    "audio.SpectrogramConfig": {"sample_rate": 8000, "n_fft": 512, "hop_length": 128, "n_frames": 128, "top_db": 80.0},
+    "audio.griffin_lim": {"n_iter": 32, "momentum": 0.99},
+    "edm.karras_sigmas": {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0},
+    "edm.Denoiser": {"sigma_data": 0.5},
+    "sampler.heun_sample": {"num_steps": 40, "S_churn": 0.0, "S_max": float("inf"), "S_noise": 1.0},
+    "generate.Piano.from_pretrained": {"name_or_path": "nano", "device": None},
+    "generate.Piano.generate": {"sampler": "heun", "num_steps": 40, "guidance": 1.0, "prompt": None, "seed": None},
+    "generate.Piano.stream": {"seconds": None},
+}
+COMMANDS = {
+    "generate": "--seconds --seed --out --image --model --steps --sampler --guidance",
+    "continue": "--seconds --out",
+    "prepare": "--preset",
+    "train": "--preset --init",
+    "info": "",
+}
+
+
+def run(*command: object, cwd: Path = ROOT) -> str:
+    """What the command printed; the test fails with it if the command does."""
+    env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The notebooks and the version alone, where nbdev may write."""
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "pianodiff").mkdir()
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    shutil.copy(PACKAGE / "__init__.py", tmp_path / "pianodiff")
+    for chapter in CHAPTERS:
+        shutil.copy(chapter, tmp_path / "nbs")
+    return tmp_path
+
+
+def test_every_module_has_a_notebook():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "_modidx"}
+    exported = set(re.findall(r"#\| default_exp (\w+)", "".join(path.read_text() for path in CHAPTERS)))
+    assert modules == exported == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_runs(chapter: Path):
+    """nbdev_test says "Success." only when it ran a notebook; on a path that matches none it exits 0 all the same."""
+    assert "Success." in run(BIN / "nbdev_test", "--path", chapter.relative_to(ROOT), "--n_workers", "0")
+
+
+def test_a_failing_chapter_would_be_seen(copy: Path):
+    cell = nbformat.v4.new_code_cell("assert 1 + 1 == 3")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), copy / "nbs" / "99_broken.ipynb")
+    with pytest.raises(AssertionError, match="exited 1"):
+        run(BIN / "nbdev_test", "--path", "nbs/99_broken.ipynb", "--n_workers", "0", cwd=copy)
+
+
+def test_export_is_fresh(copy: Path):
+    run(BIN / "nbdev_export", cwd=copy)
+    fresh = {path.name: path.read_text() for path in (copy / "pianodiff").glob("*.py")}
+    here = {path.name: path.read_text() for path in PACKAGE.glob("*.py")}
+    assert sorted(here) == sorted(fresh)
+    assert [name for name in here if here[name] != fresh[name]] == [], "run nbdev_export"
+
+
+def test_notebooks_are_clean(copy: Path):
+    run(BIN / "nbdev_clean", cwd=copy)
+    changed = [path.name for path in CHAPTERS if path.read_bytes() != (copy / "nbs" / path.name).read_bytes()]
+    assert changed == [], "run nbdev_clean"
+
+
+def test_outputs_are_as_new_as_the_code(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "book")
+    assert importlib.import_module("execute").stale() == [], "run make chapters"
+
+
+def test_ruff_passes():
+    run(BIN / "ruff", "check", ".")
+
+
+def test_mypy_passes():
+    run(BIN / "mypy")
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_imports_point_up_the_table(module: str):
+    imported = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "pianodiff"):
+            path = [part for part in (node.module or "").split(".") if part and part != "pianodiff"]
+            imported |= {path[0]} if path else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pianodiff.")}
+    assert imported & (MAY_IMPORT.keys() | {"sde", "evaluate"}) <= MAY_IMPORT[module]
+
+
+def resolve(name: str) -> object:
+    module, *attributes = name.split(".")
+    found = importlib.import_module(f"pianodiff.{module}")
+    for attribute in attributes:
+        found = getattr(found, attribute)
+    return found
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_contract(name: str):
+    parameters = {key: value for key, value in inspect.signature(resolve(name)).parameters.items() if key != "self"}
+    positional, _, keyword = (part.split() for part in CONTRACT[name].partition("*"))
+    kinds = {key: value.kind for key, value in parameters.items()}
+    assert [key for key, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == positional
+    assert set(keyword) <= {key for key, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY}
+    defaults = DEFAULTS.get(name, {})
+    assert {key: parameters[key].default for key in defaults} == defaults
+    assert inspect.getdoc(resolve(name)), f"{name} has no docstring"
+
+
+def test_samplers_differ_in_nothing_but_the_method():
+    names = [name for name in CONTRACT if name.startswith("sampler.")]
+    assert len({str(inspect.signature(resolve(name))) for name in names}) == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_their_options(command: str):
+    printed = run(BIN / "pianodiff", command, "--help")
+    assert [option for option in COMMANDS[command].split() if option not in printed] == []
+
+
+def test_no_file_knows_this_machine():
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    places = "|".join(re.escape(f"{place}/") for place in (ROOT, Path.home()))
+    path = re.compile(rf"(?<![\w.])(?:{places}|/(?:home|Users|root|work|tmp)/[\w.])".encode())
+    texts = {name: (ROOT / name).read_bytes() for name in listed if (ROOT / name).is_file()}
+    assert [name for name, text in texts.items() if b"\0" not in text and path.search(text)] == []
+
+
+def test_constraints_name_no_place():
+    """Exact versions that any index can serve: no link, no path, no local build."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.!]+", pin)] == []
+    assert "torch==2.13.0" in pins

@@ -1,0 +1,261 @@
+"""What a training run survives: kill -9, a full disk, signals, other settings, damaged files, loss of sense."""
+
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pianodiff.audio import SpectrogramConfig, save_audio
+from pianodiff.data import BlockDataset, prepare
+from pianodiff.train import EVAL_SIGMAS, TrainConfig, draw_batch, learning_rate, load_checkpoint, train
+from pianodiff.unet import UNetConfig, load_model
+
+SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)
+NETWORK = UNetConfig(n_bins=32, n_frames=32, patch=4, channels=(8, 16), blocks=(1, 1), attention=("", "ft"),
+                     emb_channels=16, cond_channels=(8, 8))
+CONFIG = TrainConfig(unet=NETWORK, images=96, batch_size=4, lr=3e-3, warmup_images=8, eval_blocks=4, eval_images=32,
+                     log_images=16, checkpoint_images=16, snapshot_images=48, workers=1)
+
+
+def chords(folder: Path, files: int) -> Path:
+    """Decaying chords of a second and a half."""
+    folder.mkdir()
+    time = torch.arange(12_000) / 8000
+    for seed in range(files):
+        pitches = 110 * 2 ** (torch.randint(48, (4, 1), generator=torch.Generator().manual_seed(seed)) / 12)
+        tones = (2 * torch.pi * pitches * time).sin() * torch.exp(-6 * (time % 0.25))
+        save_audio(folder / f"{seed}.wav", tones.mean(0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    prepare(chords(folder / "wav", 4), folder / "store", SPECTROGRAM, jobs=1)
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    run = tmp_path_factory.mktemp("whole")
+    train(store, run, CONFIG)
+    return run
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    (tensors, about), (others, _) = (load_checkpoint(r / "checkpoint.safetensors") for r in (run, other))
+    assert about["step"] == CONFIG.steps and tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    assert (run / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
+    mine, theirs = rows(run), rows(other)
+    timeless = [name for name in mine[0] if name not in ("seconds", "images_per_second")]
+    assert [[row[name] for name in timeless] for row in mine] == [[row[name] for name in timeless] for row in theirs]
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_writes_its_log_its_model_and_how_it_came_about(store, whole):
+    images = [int(row["images"]) for row in rows(whole)]
+    assert images == list(range(16, 97, 16))
+    assert [row["images"] for row in rows(whole) if row["val_0.01"]] == ["32", "64", "96"]
+    net, config = load_model(whole / "model")
+    info = BlockDataset(store, "train", random_offset=False).info
+    assert (config["mean"], config["std"], config["sigma_data"]) == (info.mean, info.std, 0.5)
+    facts = config["training"]
+    assert facts["images"] == 96 and facts["data"] == "wav" and facts["hours"].keys() == {"train", "validation", "test"}
+    assert facts["validation"]["loss"].keys() == {f"{sigma:g}" for sigma in EVAL_SIGMAS}
+    tensors = load_checkpoint(whole / "checkpoint.safetensors")[0]
+    assert all(torch.equal(t, tensors[f"ema.{name}"].half().float()) for name, t in net.state_dict().items())
+    assert list((whole / "tensorboard").glob("events*"))
+
+
+def test_the_loss_falls(store, tmp_path):
+    train(store, tmp_path, replace(CONFIG, images=480, eval_images=240, checkpoint_images=480, snapshot_images=480))
+    last = rows(tmp_path)[-1]
+    # a network that knows nothing has loss 1: it guesses the mean of unit-variance targets
+    assert all(float(last[f"val_{sigma}"]) < 0.8 for sigma in (1, 3, 10)), last
+
+
+@pytest.mark.parametrize("moment", ["torn", "written", "renamed"])
+def test_a_run_killed_while_it_writes_a_checkpoint_ends_with_the_same_weights(store, whole, tmp_path, moment):
+    """kill -9 with the second checkpoint half-written, written but not renamed, just renamed."""
+    script = f"""
+import os, signal
+from pianodiff.train import TrainConfig, train
+from pianodiff.unet import UNetConfig
+sync, rename, seen = os.fsync, os.replace, []
+
+def fsync(fd):
+    if os.readlink(f"/proc/self/fd/{{fd}}").endswith("checkpoint.safetensors.tmp"):
+        seen.append(fd)
+        if len(seen) == 2 and {moment!r} == "torn":
+            os.ftruncate(fd, os.fstat(fd).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    sync(fd)
+
+def replace(source, target):
+    fatal = len(seen) == 2 and str(target).endswith("checkpoint.safetensors")
+    if fatal and {moment!r} == "written":
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+    if fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.fsync, os.replace = fsync, replace
+train({str(store)!r}, {str(tmp_path)!r}, {CONFIG!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == (8 if moment == "renamed" else 4)
+    train(store, tmp_path, CONFIG)
+    assert_same_end(tmp_path, whole)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(store, whole, tmp_path):
+    def fill_disk(model, images):
+        (tmp_path / "checkpoint.safetensors.tmp").symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match="full; the last complete checkpoint is kept") as error:
+        train(store, tmp_path, CONFIG, on_snapshot=fill_disk)
+    assert error.value.errno == errno.ENOSPC
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 12
+    assert not list(tmp_path.glob("*.tmp"))
+    train(store, tmp_path, CONFIG)
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint(store, whole, tmp_path, capfd, number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        train(store, tmp_path, CONFIG, on_snapshot=lambda model, images: os.kill(os.getpid(), number))
+    assert stop.value.code == 128 + number
+    assert "stopped after 52 images; the same command goes on" in "".join(capfd.readouterr())
+    assert signal.getsignal(number) is before
+    train(store, tmp_path, CONFIG)
+    timeless = [row for row in rows(tmp_path) if row["images"] != "52"]  # the stop has a row of its own
+    assert [row["images"] for row in timeless] == [row["images"] for row in rows(whole)]
+    mine, theirs = (load_checkpoint(run / "checkpoint.safetensors")[0] for run in (tmp_path, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_goes_on_only_as_it_was_begun(store, whole):
+    with pytest.raises(ValueError, match="lr was 0.003, is 0.001; use its settings, or another run folder"):
+        train(store, whole, replace(CONFIG, lr=1e-3))
+    with pytest.raises(ValueError, match=r"unet.channels was \[8, 16\], is \[8, 8\]"):
+        train(store, whole, replace(CONFIG, unet=replace(NETWORK, channels=(8, 8))))
+    with pytest.raises(ValueError, match="init was None, is "):
+        train(store, whole, CONFIG, init=whole / "model")
+
+
+def test_a_finished_run_returns_and_can_be_prolonged(store, whole, tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes((whole / "checkpoint.safetensors").read_bytes())
+    train(store, tmp_path, CONFIG)
+    assert (tmp_path / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    longer = replace(CONFIG, images=112)
+    assert learning_rate(longer, 96) > learning_rate(CONFIG, 95)
+    train(store, tmp_path, longer)
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 28
+
+
+def test_a_damaged_checkpoint_is_named(store, whole, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    complete = (whole / "checkpoint.safetensors").read_bytes()
+    model = (whole / "model/model.safetensors").read_bytes()
+    for content in (complete[: len(complete) // 2], b"", b"not a checkpoint", model):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="checkpoint.safetensors is truncated or no checkpoint .*move it away"):
+            train(store, tmp_path, CONFIG)
+        assert path.read_bytes() == content
+
+
+def test_fine_tuning_starts_from_a_model_and_keeps_its_scale(store, whole, tmp_path):
+    other = tmp_path / "store"
+    prepare(chords(tmp_path / "wav", 1), other, SPECTROGRAM, jobs=1)
+    still = replace(CONFIG, images=4, lr=1e-9, snapshot_images=4)
+    with pytest.warns(UserWarning, match="no validation split"):
+        model = train(other, tmp_path / "run", still, init=whole / "model")
+    (net, config), (old, old_config) = load_model(model), load_model(whole / "model")
+    assert (config["mean"], config["std"]) == (old_config["mean"], old_config["std"])
+    assert config["mean"] != BlockDataset(other, "train", random_offset=False).info.mean
+    assert config["training"]["ancestor"]["images"] == 96 and config["training"]["validation"]["split"] == "train"
+    torch.testing.assert_close(net.state_dict(), old.state_dict(), rtol=0, atol=1e-6)
+
+
+def test_fine_tuning_needs_the_same_network(store, whole, tmp_path):
+    with pytest.raises(ValueError, match=r"model \(custom\) and this run \(nano\) differ in unet: patch was 4, is 2"):
+        train(store, tmp_path / "run", replace(CONFIG, unet=replace(NETWORK, patch=2)), init=whole / "model")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(store, tmp_path / "run", CONFIG, init=tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(store, tmp_path):
+    config = replace(CONFIG, lr=1e30, warmup_images=0, checkpoint_images=4)
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) .* at step 1 \(after 4 images\): lower lr"):
+        train(store, tmp_path, config)
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 1
+
+
+def test_bad_settings_are_named(store, tmp_path):
+    for wrong, message in (({"images": 0}, "images must be positive, not 0"), ({"lr": float("nan")}, "lr must be"),
+                           ({"cond_dropout": 2}, "cond_dropout must lie between 0 and 1"), ({"seed": -1}, "seed must"),
+                           ({"unet": None, "preset": "x"}, "no preset 'x'; choose")):
+        with pytest.raises(ValueError, match=message):
+            replace(CONFIG, **wrong)
+    with pytest.raises(ValueError, match="ema_std must lie"):
+        train(store, tmp_path / "run", replace(CONFIG, ema_std=0.5))
+    with pytest.raises(ValueError, match="spectrograms of 32x32, nano is for 256x128: choose a preset"):
+        train(store, tmp_path / "run", replace(CONFIG, unet=None))
+    with pytest.raises(FileNotFoundError, match="not a spectrogram store"):
+        train(tmp_path / "nothing", tmp_path / "run", CONFIG)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/run can't be made"):
+        train(store, tmp_path / "file/run", CONFIG)
+
+
+def test_each_block_comes_once_an_epoch(store):
+    data = BlockDataset(store, "train", random_offset=True, in_memory=True)
+    config, seen, block = replace(CONFIG, batch_size=2, cond_dropout=0.0), [], data.block
+    data.block = lambda index, offset: seen.append(index) or block(index, offset)  # type: ignore[method-assign]
+    count = len(data) // 2 * 2
+    for step in range(count // 2):
+        for rank in range(2):
+            assert draw_batch(data, count, config, step, rank, 2)["spec"].shape == (1, 1, 32, 32)
+    assert sorted(seen) == list(range(count)) and seen != sorted(seen)
+
+
+def test_bf16_trains(store, tmp_path):
+    train(store, tmp_path, replace(CONFIG, images=32, mixed_precision="bf16"))
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors")[0]["net.out.weight"].dtype == torch.float32
+
+
+def test_two_processes_train_one_network(store, whole, tmp_path):
+    """Under `accelerate launch`: the same blocks as one process sees, shared out, and one set of weights."""
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+from pianodiff.train import TrainConfig, train
+from pianodiff.unet import UNetConfig
+train({str(store)!r}, {str(tmp_path / "run")!r}, {CONFIG!r})
+""")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+              str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert [row["images"] for row in rows(tmp_path / "run")] == [row["images"] for row in rows(whole)]
+    facts = load_model(tmp_path / "run/model")[1]["training"]
+    assert facts["images"] == 96 and facts["validation"]["blocks"] == 4

@@ -1,0 +1,445 @@
+"""Audio: formats, rates and bad files; the STFT and Griffin-Lim against librosa; blocks that tile; loudness."""
+
+import io
+from pathlib import Path
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from pianodiff.audio import (
+    AUDIO_FORMATS,
+    SPECTROGRAMS,
+    SpectrogramConfig,
+    _istft,
+    _stft,
+    griffin_lim,
+    load_audio,
+    normalize_peak,
+    save_audio,
+    to_magnitude,
+    to_spectrogram,
+    to_wave,
+)
+
+SHAPES = [SPECTROGRAMS[name] for name in ("paper-128", "paper-256", "nano")]
+shapes = pytest.mark.parametrize("cfg", SHAPES, ids=["paper-128", "paper-256", "nano"])
+
+
+def seed(n: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(n)
+
+
+def sine(frequency: float, samples: int, rate: int = 8000, amplitude: float = 0.5) -> np.ndarray:
+    return amplitude * np.sin(2 * np.pi * frequency / rate * np.arange(samples))
+
+
+def level(wave: torch.Tensor) -> float:
+    """Decibels relative to a full-scale sine."""
+    return float(10 * torch.log10(2 * wave.double().square().mean() + 1e-30))
+
+
+@pytest.fixture(scope="module")
+def music() -> torch.Tensor:
+    """Two blocks of struck notes with harmonics, a second of quiet among them; float64, peak 0.9."""
+    wave = torch.zeros(2 * 16_384, dtype=torch.float64)
+    for k, pitch in enumerate([48, 55, 64, 72, 60, 67, 76, 50, 57, 65, 74, 62]):
+        at = 500 + 2600 * k
+        t = torch.arange(len(wave) - at) / 8000
+        for n in range(1, 9):
+            wave[at:] += torch.exp(-t * (1 + n)) / n * torch.sin(2 * torch.pi * n * 440 * 2 ** ((pitch - 69) / 12) * t)
+    wave[12_000:20_000] *= 0.01
+    return 0.9 * wave / wave.abs().max()
+
+
+# ---- reading
+
+KINDS = [
+    ("WAV", "PCM_U8"), ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "PCM_32"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"),
+    ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III"),
+    ("AIFF", "PCM_16"), ("AIFF", "PCM_24"), ("AIFF", "FLOAT"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [44_100, 48_000, 16_000, 8000])
+@pytest.mark.parametrize(("kind", "subtype"), KINDS)
+def test_every_format_and_rate_gives_the_same_sound(tmp_path, kind, subtype, rate):
+    left = sine(440, rate, rate)
+    soundfile.write(tmp_path / "sound", np.stack([left, left / 2], axis=1), rate, format=kind, subtype=subtype)
+    wave = load_audio(tmp_path / "sound")
+    assert wave.dtype == torch.float32 and wave.ndim == 1 and abs(len(wave) - 8000) <= 1
+    middle = wave[2000:6000] * torch.hann_window(4000)
+    assert torch.fft.rfft(middle).abs().argmax() == 220
+    assert abs(level(wave[2000:6000]) - level(torch.from_numpy(0.75 * left))) < 0.15  # the channels' mean
+
+
+def test_one_channel_at_8_khz_is_read_as_it_is(tmp_path):
+    expected = sine(440, 8000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", expected, 8000, subtype="FLOAT")
+    assert np.array_equal(load_audio(tmp_path / "a.wav").numpy(), expected)
+    assert np.array_equal(load_audio(io.BytesIO((tmp_path / "a.wav").read_bytes())).numpy(), expected)
+
+
+def test_other_rates_can_be_asked_for(tmp_path):
+    soundfile.write(tmp_path / "a.wav", sine(440, 16_000, 16_000), 16_000)
+    assert len(load_audio(tmp_path / "a.wav", 22_050)) == 22_050
+
+
+@pytest.mark.parametrize("rate", [44_100, 48_000])
+def test_the_low_pass_is_real(rate):
+    def heard(frequency):
+        file = io.BytesIO()
+        soundfile.write(file, sine(frequency, rate, rate, 1.0), rate, format="WAV", subtype="FLOAT")
+        return level(load_audio(file)[1000:7000])
+
+    assert abs(heard(1000)) < 0.1 and abs(heard(3500)) < 0.1
+    assert heard(5000) < -60 and heard(7000) < -60
+
+
+def wav_bytes(samples: np.ndarray, kind: str = "WAV", subtype: str | None = "PCM_16", rate: int = 44_100) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert message and "\n" not in message and len(message) < 250
+    return message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "can't be read as sound"),
+        (b"These are words, not sound.\n" * 100, "can't be read as sound"),
+        (bytes(5000), "can't be read as sound"),
+        (wav_bytes(np.zeros(0)), "holds no sound"),
+        (wav_bytes(np.full(2, 0.5)), "holds no sound"),  # less than one sample at 8 kHz
+        (wav_bytes(np.array([0.1, np.nan] * 5000), subtype="FLOAT"), "NaN"),
+        (wav_bytes(np.array([0.1, np.inf] * 5000), subtype="FLOAT"), "NaN or infinite"),
+    ],
+    ids=["empty", "text", "zeros", "no samples", "too short", "nan", "inf"],
+)
+def test_bad_content_is_named_in_one_line(tmp_path, content, words):
+    (tmp_path / "bad.wav").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_audio(tmp_path / "bad.wav")
+    assert words in one_line(error) and "bad.wav" in str(error.value) and ";" in str(error.value)
+
+
+@pytest.mark.parametrize("part", [0.01, 0.3, 0.6, 0.99])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "AIFF", "MP3", "OGG"])
+def test_a_truncated_file_is_not_taken_for_a_whole_one(tmp_path, kind, part):
+    whole = wav_bytes(sine(440, 44_100, 44_100), kind, None)
+    (tmp_path / "cut").write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ValueError, match="cut") as error:
+        load_audio(tmp_path / "cut")
+    one_line(error)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF024])
+def test_a_wav_from_a_pipe_has_no_size_and_is_read(size):
+    whole = bytearray(wav_bytes(sine(440, 44_100, 44_100)))
+    data = whole.find(b"data") + 4
+    whole[4:8] = size.to_bytes(4, "little")
+    whole[data : data + 4] = min(size, 0x7FFFF000 if size < 2**31 else size).to_bytes(4, "little")
+    assert len(load_audio(io.BytesIO(bytes(whole)))) == 8000
+
+
+def test_missing_files_and_folders(tmp_path):
+    for path in (tmp_path / "missing.wav", tmp_path):
+        with pytest.raises(FileNotFoundError, match=path.name) as error:
+            load_audio(path)
+        one_line(error)
+
+
+# ---- writing
+
+@pytest.mark.parametrize("ending", AUDIO_FORMATS)
+def test_what_is_written_is_read(tmp_path, ending, music):
+    save_audio(tmp_path / f"x{ending}", 0.5 * music)  # float64 in
+    back = load_audio(tmp_path / f"x{ending}").double()
+    assert [file.name for file in tmp_path.iterdir()] == [f"x{ending}"]
+    assert len(back) == len(music)
+    if ending in (".wav", ".flac", ".aiff", ".aif"):
+        assert soundfile.info(tmp_path / f"x{ending}").subtype == "PCM_16"
+        torch.testing.assert_close(back, 0.5 * music, atol=2**-15, rtol=0)
+    else:  # lossy: nine tenths of the energy at least
+        assert (back - 0.5 * music).square().sum() < 0.1 * (0.5 * music).square().sum()
+
+
+def test_writing_clips_and_never_rescales(tmp_path):
+    save_audio(tmp_path / "x.wav", torch.tensor([-3.0, -1.0, -0.25, 0.0, 0.25, 1.0, 3.0]))
+    back = load_audio(tmp_path / "x.wav")
+    torch.testing.assert_close(back, torch.tensor([-1, -1, -0.25, 0, 0.25, 1, 1]), atol=2**-15, rtol=0)
+
+
+def test_any_float_dtype_and_graph_can_be_written(tmp_path):
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        save_audio(tmp_path / "x.wav", torch.full((100,), 0.5, dtype=dtype, requires_grad=True))
+        torch.testing.assert_close(load_audio(tmp_path / "x.wav"), torch.full((100,), 0.5), atol=2**-15, rtol=0)
+
+
+def test_a_written_wav_has_the_same_bytes_each_time(tmp_path, music):
+    for name in ("a.wav", "b.wav"):
+        save_audio(tmp_path / name, music)
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "wave", "words"),
+    [
+        ("x.wav", torch.zeros(0), "T > 0"),
+        ("x.wav", torch.zeros(2, 100), "[2, 100]"),
+        ("x.wav", torch.ones(100, dtype=torch.int16), "int16"),
+        ("x.wav", torch.tensor([0.0, float("nan")]), "NaN"),
+        ("x.wav", torch.tensor([0.0, float("inf")]), "infinite"),
+        ("x.txt", torch.zeros(100), ".flac"),
+        ("x", torch.zeros(100), ".flac"),
+    ],
+)
+def test_a_bad_wave_or_name_writes_nothing(tmp_path, name, wave, words):
+    with pytest.raises(ValueError) as error:
+        save_audio(tmp_path / name, wave)
+    assert words in one_line(error) and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        save_audio(tmp_path / "nowhere" / "x.wav", torch.zeros(100))
+    (tmp_path / "folder.wav").mkdir()
+    with pytest.raises(ValueError, match="folder.wav can't be written"):
+        save_audio(tmp_path / "folder.wav", torch.zeros(100))
+    with pytest.raises(ValueError, match="x.mp3 can't be written"):  # no such rate in MP3
+        save_audio(tmp_path / "x.mp3", torch.zeros(100), 7000)
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    save_audio(tmp_path / "kept.wav", torch.full((100,), 0.5))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for name in ("kept.wav", "new.wav"):
+        with pytest.raises(ValueError, match=rf"{name} can't be written \(No space left on device\)") as error:
+            save_audio(tmp_path / name, torch.zeros(100))
+        one_line(error)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.wav", "kept.wav"]
+    assert load_audio(tmp_path / "kept.wav").max() > 0.4
+
+
+def test_a_folder_that_cannot_be_written():
+    if not Path("/proc/self").is_dir():
+        pytest.skip("there is no /proc here, where nobody can write")
+    with pytest.raises(ValueError, match="can't be written") as error:
+        save_audio("/proc/x.wav", torch.zeros(100))
+    one_line(error)
+
+
+def test_normalize_peak(music):
+    scaled, peak = normalize_peak(-0.3 * music)
+    assert scaled.abs().max() == 1 and abs(peak - 0.27) < 1e-12
+    torch.testing.assert_close(scaled * peak, -0.3 * music)
+    for bad, words in ((torch.zeros(100), "silent"), (torch.zeros(0), "silent"), (torch.full((9,), torch.nan), "NaN")):
+        with pytest.raises(ValueError, match=words):
+            normalize_peak(bad)
+
+
+# ---- spectrograms
+
+@shapes
+def test_stft_and_decibels_are_librosas(cfg, music):
+    theirs = librosa.stft(music.numpy(), n_fft=cfg.n_fft, hop_length=cfg.hop_length)
+    ours = _stft(music[None], cfg)
+    torch.testing.assert_close(ours[0], torch.from_numpy(theirs), atol=1e-9, rtol=0)
+    torch.testing.assert_close(_istft(ours, cfg, len(music))[0], music, atol=1e-9, rtol=0)
+    decibels = librosa.amplitude_to_db(np.abs(theirs), ref=cfg.reference, amin=1e-9, top_db=None)
+    spec = to_spectrogram(music, cfg)
+    expected = torch.from_numpy(decibels[:-1, : spec.shape[-1]].clip(-80, 0))
+    torch.testing.assert_close(80 * (spec - 1), expected, atol=1e-4, rtol=0)  # float64: decibels
+    single = to_spectrogram(music.float(), cfg)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), spec, atol=1e-4, rtol=0)  # float32: of the range [0, 1]
+
+
+@shapes
+def test_one_block_is_one_picture(cfg):
+    assert cfg.block_samples == 16_384 and cfg.block_seconds == 2.048
+    for samples in (16_384, 16_384 + cfg.hop_length - 1):
+        assert to_spectrogram(torch.zeros(samples), cfg).shape == (cfg.n_bins, cfg.n_frames)
+    assert to_spectrogram(torch.zeros(16_383), cfg).shape[-1] == cfg.n_frames - 1
+    assert to_wave(torch.zeros(cfg.n_bins, cfg.n_frames), cfg, n_iter=0).shape == (16_384,)
+
+
+@shapes
+def test_blocks_tile(cfg, music):
+    """A column depends on no sample further off than half a window, so a block is that of its own part with context."""
+    whole = to_spectrogram(music, cfg)
+    blocks = whole.split(cfg.n_frames, dim=-1)
+    assert len(blocks) == 2 and torch.equal(torch.cat(blocks, dim=-1), whole)
+    context = cfg.n_fft  # samples on each side, a whole number of hops
+    second = to_spectrogram(music[16_384 - context :], cfg)[:, context // cfg.hop_length :]
+    torch.testing.assert_close(second, blocks[1], atol=1e-9, rtol=0)
+    joined = to_spectrogram(torch.cat([music, music]), cfg)
+    edge = cfg.n_fft // (2 * cfg.hop_length)
+    torch.testing.assert_close(joined[:, : 2 * cfg.n_frames - edge], whole[:, : 2 * cfg.n_frames - edge])
+
+
+@shapes
+def test_the_reference_is_a_full_scale_sine(cfg):
+    for amplitude, value in ((1.0, 1.0), (0.1, 0.75), (0.01, 0.5), (1e-6, 0.0)):
+        wave = torch.from_numpy(sine(1000, 16_384, amplitude=amplitude))
+        row = to_spectrogram(wave, cfg)[cfg.n_fft // 8, 4:-4]
+        torch.testing.assert_close(row, torch.full_like(row, value), atol=1e-6, rtol=0)
+
+
+@shapes
+def test_nothing_is_normalised(cfg, music):
+    loud, quiet = to_spectrogram(music, cfg), to_spectrogram(0.1 * music, cfg)
+    both = (quiet > 0) & (loud < 1)
+    torch.testing.assert_close(quiet[both], loud[both] - 0.25)
+    assert (to_spectrogram(torch.zeros(16_384), cfg) == 0).all()
+
+
+@shapes
+def test_magnitude_comes_back(cfg, music):
+    stft = _stft(music[None], cfg)[0].abs()
+    magnitude = to_magnitude(to_spectrogram(music, cfg), cfg)
+    assert (magnitude[-1] == 0).all() and magnitude.shape[0] == cfg.n_bins + 1
+    expected = stft[:-1, : magnitude.shape[1]].clamp(1e-4 * cfg.reference, cfg.reference)
+    torch.testing.assert_close(magnitude[:-1], expected)
+
+
+def test_a_batch_is_its_items(music):
+    cfg = SHAPES[2]
+    batch = torch.stack([music, 0.1 * music, music.flip(0), -music]).reshape(2, 2, -1)
+    spec = to_spectrogram(batch, cfg)
+    assert spec.shape == (2, 2, 256, 256)
+    for i in range(2):
+        for j in range(2):
+            torch.testing.assert_close(spec[i, j], to_spectrogram(batch[i, j], cfg))
+    one, many = seed(), seed()  # the phases of a batch are drawn item by item
+    singles = [to_wave(s, cfg, n_iter=4, generator=one) for s in spec.flatten(0, 1)[..., :64]]
+    waves = to_wave(spec[..., :64], cfg, n_iter=4, generator=many)
+    assert waves.shape == (2, 2, 64 * 128)
+    torch.testing.assert_close(waves.flatten(0, 1), torch.stack(singles))
+
+
+def test_bad_spectrograms_and_waves(music):
+    cfg = SHAPES[2]
+    with pytest.raises(ValueError, match="less than one hop"):
+        to_spectrogram(torch.zeros(127), cfg)
+    with pytest.raises(ValueError, match="NaN"):
+        to_spectrogram(torch.full((1000,), torch.nan), cfg)
+    for bad in (torch.zeros(128, 128), torch.zeros(256), torch.zeros(257, 128)):
+        with pytest.raises(ValueError, match="256, frames"):
+            to_wave(bad, cfg)
+    with pytest.raises(ValueError, match="at least 2"):
+        to_wave(torch.zeros(256, 0), cfg)
+    with pytest.raises(ValueError, match="NaN"):
+        to_wave(torch.full((256, 8), torch.nan), cfg)
+    for bad in (torch.ones(257, 1), torch.ones(256, 10)):
+        with pytest.raises(ValueError, match="257, at least 2"):
+            griffin_lim(bad, cfg)
+
+
+# ---- phases
+
+def convergence(wave: torch.Tensor, target: torch.Tensor, cfg: SpectrogramConfig) -> float:
+    """Spectral convergence in decibels."""
+    return float(20 * torch.log10((_stft(wave[None], cfg)[0].abs() - target).norm() / target.norm()))
+
+
+class OurPhases(np.random.RandomState):
+    """For librosa: the phases that griffin_lim draws from seed 0 for a magnitude of this dtype."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__(0)
+        self.dtype = dtype
+
+    def random(self, size=None):
+        return torch.rand(size, generator=seed(), dtype=self.dtype).numpy()
+
+
+@shapes
+@pytest.mark.parametrize("momentum", [0.99, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_griffin_lim_is_librosas(cfg, momentum, dtype, music):
+    target = to_magnitude(to_spectrogram(music[:8192], cfg), cfg).to(dtype)
+    ours = griffin_lim(target, cfg, momentum=momentum, generator=seed())
+    theirs = torch.from_numpy(
+        librosa.griffinlim(target.numpy(), hop_length=cfg.hop_length, momentum=momentum, random_state=OurPhases(dtype))
+    ).to(dtype)
+    assert abs(convergence(ours, target, cfg) - convergence(theirs, target, cfg)) < 0.5
+    if dtype == torch.float64:  # the same phases, the same wave
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
+
+
+def test_phase_retrieval_gets_better_with_iterations_and_momentum(music):
+    cfg = SHAPES[2]
+    target = to_magnitude(to_spectrogram(music[:16_384], cfg), cfg)
+    by_steps = [convergence(griffin_lim(target, cfg, n_iter=n, generator=seed()), target, cfg) for n in (0, 4, 16, 64)]
+    assert by_steps == sorted(by_steps, reverse=True) and by_steps[-1] < -20
+    plain = convergence(griffin_lim(target, cfg, n_iter=64, momentum=0, generator=seed()), target, cfg)
+    assert by_steps[-1] < plain - 3
+
+
+@shapes
+def test_loudness_survives_the_round_trip(cfg, music):
+    """In each half second, for loud and quiet passages alike, and up to the last hop."""
+    waves = torch.stack([music, 0.1 * music])
+    back = to_wave(to_spectrogram(waves, cfg), cfg, generator=seed())
+    for before, after in zip(waves, back, strict=True):
+        for a, b in zip(before.split(4096), after.split(4096), strict=True):
+            if level(a) > -50:
+                assert abs(level(a) - level(b)) < 1.5
+
+
+def test_the_end_is_as_loud_as_the_middle():
+    """A steady tone's block, cut from a longer sound, comes back steady: the last samples are not pumped up."""
+    for cfg in SHAPES[1:]:
+        long = to_spectrogram(torch.from_numpy(sine(437, 3 * 16_384) + sine(1111, 3 * 16_384)), cfg)
+        wave = to_wave(long[:, cfg.n_frames : 2 * cfg.n_frames], cfg, n_iter=64, generator=seed())
+        assert abs(level(wave[-256:]) - level(wave[8000:8256])) < 1
+
+
+def test_the_seed_fixes_the_wave(music):
+    cfg, spec = SHAPES[2], to_spectrogram(music[:16_384], SHAPES[2])
+    first, again, other = (to_wave(spec, cfg, n_iter=3, generator=seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+# ---- what the book's errata say of section III-B
+
+def test_the_paper_sizes_come_from_no_piece_of_2096_ms():
+    """A centred STFT has 1 + T // hop columns; both widths of Table I come from 16,320 to 16,383 samples alone."""
+    def columns(samples, cfg, center):
+        window = torch.hann_window(cfg.n_fft)
+        stft = torch.stft(torch.zeros(samples), cfg.n_fft, cfg.hop_length, window=window, center=center,
+                          pad_mode="constant", return_complex=True)
+        return stft.shape[-1]
+
+    small, large = SHAPES[:2]
+    assert [columns(16_768, cfg, True) for cfg in (small, large)] == [132, 263]
+    assert [columns(16_768, cfg, False) for cfg in (small, large)] == [130, 255]
+    assert [columns(t, small, True) for t in (16_319, 16_320, 16_383, 16_384)] == [128, 128, 128, 129]
+    assert [columns(t, large, True) for t in (16_319, 16_320, 16_383, 16_384)] == [255, 256, 256, 257]
+
+
+def test_normalising_by_itself_makes_silence_the_loudest_block():
+    silent = librosa.amplitude_to_db(np.zeros((256, 128)), ref=np.max)
+    assert (silent == 0).all()  # 0 dB: 1 after scaling to [0, 1]
+    assert to_spectrogram(torch.zeros(16_384), SHAPES[2]).max() == 0
+
+
+def test_zero_decibels_in_the_nyquist_row_is_a_whistle(music):
+    cfg = SHAPES[2]
+    magnitude = to_magnitude(to_spectrogram(music[:16_384], cfg), cfg)
+    padded = magnitude.clone()
+    padded[-1] = cfg.reference  # what padding the decibels with zeros means
+    right, wrong = (griffin_lim(m, cfg, generator=seed()) for m in (magnitude, padded))
+    high = [_stft(w[None], cfg)[0, -4:].abs().mean() / cfg.reference for w in (right, wrong)]
+    assert 20 * torch.log10(high[0]) < -50 and 20 * torch.log10(high[1]) > -20

@@ -197,11 +197,13 @@ def griffin_lim(
     n_iter: int = 32,
     momentum: float = 0.99,
     generator: torch.Generator | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Wave `[..., (frames - 1) * hop_length]` whose STFT has about this magnitude `[..., n_bins + 1, frames]`.
 
     Fast Griffin-Lim (Perraudin et al. 2013; Eq. (fast-griffin-lim)) from random phases, which `generator` fixes;
-    `momentum=0` is the original algorithm (Griffin and Lim 1984). Batched, on the magnitude's device.
+    `momentum=0` is the original algorithm (Griffin and Lim 1984). Batched, on the magnitude's device. Where the first
+    K samples are `known` `[..., K]`, they are put back in every iteration, and the others come in phase with them.
     Raises ValueError for another number of rows and for fewer than two frames.
     """
     rows, frames = magnitude.shape[-2:]
@@ -213,20 +215,30 @@ def griffin_lim(
     estimate = torch.polar(target, 2 * torch.pi * draw.to(target.device))
     previous = torch.zeros_like(estimate)
     for _ in range(n_iter):
-        consistent = _stft(_istft(estimate, cfg, length), cfg)
+        wave = _istft(estimate, cfg, length)
+        if known is not None:
+            wave[:, : known.shape[-1]] = known.reshape(len(wave), known.shape[-1])
+        consistent = _stft(wave, cfg)
         estimate = target * torch.sgn(consistent + momentum * (consistent - previous))
         previous = consistent
     return _istft(estimate, cfg, length).reshape(*magnitude.shape[:-2], length)
 
 # %% ../nbs/02_audio.ipynb #c222cb6f
 def to_wave(
-    spec: Tensor, cfg: SpectrogramConfig, *, n_iter: int = 32, generator: torch.Generator | None = None
+    spec: Tensor,
+    cfg: SpectrogramConfig,
+    *,
+    n_iter: int = 32,
+    generator: torch.Generator | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Sound `[..., frames * hop_length]` of a spectrogram `[..., n_bins, frames]` in [0, 1] (section III-E).
 
     The last frame is repeated for half a window, so that every sample lies under as many windows as any other, and what
-    is added is cut off again. Raises ValueError for another number of rows, no frames, or values that are not finite.
+    is added is cut off again. `generator` and `known` are `griffin_lim`'s.
+    Raises ValueError for another number of rows, no frames, or values that are not finite.
     """
     frames, extra = spec.shape[-1], math.ceil(cfg.n_fft / (2 * cfg.hop_length))
     target = to_magnitude(torch.cat([spec, *[spec[..., -1:]] * extra], dim=-1), cfg)
-    return griffin_lim(target, cfg, n_iter=n_iter, generator=generator)[..., : frames * cfg.hop_length]
+    wave = griffin_lim(target, cfg, n_iter=n_iter, generator=generator, known=known)
+    return wave[..., : frames * cfg.hop_length]

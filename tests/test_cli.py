@@ -1,0 +1,242 @@
+"""The commands: what they write, what they print, and what bad input gets. The network is tiny and untrained."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from test_generate import LARGE, tiny_piano
+
+import pianodiff.cli
+from pianodiff.audio import SPECTROGRAMS, load_audio, save_audio
+from pianodiff.cli import main
+from pianodiff.data import example_performance
+from pianodiff.train import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch) -> str:
+    """A model's folder, beside an empty one to work in."""
+    tiny_piano().save_pretrained(tmp_path / "model")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return str(tmp_path / "model")
+
+
+def make(model: str, *flags: str, command: tuple[str, ...] = ("generate",)) -> int:
+    return main([*command, "--model", model, "--steps", "2", "--seconds", "0.25", *flags])
+
+
+def test_help_is_quick():
+    code = ("import sys, pianodiff.cli\ntry: pianodiff.cli.main(['--help'])\nexcept SystemExit: pass\n"
+            "assert not {'torch', 'librosa', 'matplotlib', 'zarr'} & set(sys.modules)")
+    help_ = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert help_.returncode == 0, help_.stderr
+    assert all(command in help_.stdout for command in ("generate", "continue", "prepare", "train", "info"))
+
+
+def test_generate_writes_sound_and_picture(model, capsys):
+    assert make(model, "--seed", "7", "--out", "piano.wav", "--image", "piano.png") == 0
+    about = soundfile.info("piano.wav")
+    assert (about.samplerate, about.channels, about.frames, about.subtype) == (8000, 1, 2000, "PCM_16")
+    assert Path("piano.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(os.listdir()) == ["piano.png", "piano.wav"]
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"piano.wav and piano.png: 0.25 s of new music, seed 7, made in .* s \(.* s a second\)\n", out)
+    assert "block 4 of 4" in err and "8/8" in err  # the bar
+
+
+def test_the_same_seed_gives_the_same_bytes(model, capsys):
+    assert make(model, "--out", "one.flac") == 0
+    seed = re.search(r"seed (\d+)", capsys.readouterr().out)[1]  # drawn, and told
+    assert make(model, "--out", "two.flac", "--seed", seed) == 0
+    assert make(model, "--out", "three.flac", "--seed", str(int(seed) + 1)) == 0
+    one, two, three = (Path(f"{name}.flac").read_bytes() for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+def test_continue_writes_the_prompt_and_then_new_music(model):
+    mono = 0.1 * example_performance(1, seed=0)
+    soundfile.write("mine.wav", mono[:, None].expand(-1, 2).numpy(), 16_000)  # stereo; half as long at this rate
+    assert make(model, "--seed", "1", "--out", "longer.wav", command=("continue", "mine.wav")) == 0
+    longer, mine = load_audio("longer.wav"), load_audio("mine.wav")
+    assert len(mine) == 4000 and len(longer) == 6000
+    torch.testing.assert_close(longer[:4000], mine, atol=2e-4, rtol=0)
+    assert longer[4000:].abs().max() > 0.001
+
+
+def test_a_sound_beyond_full_scale_is_made_quieter(model, monkeypatch):
+    wave = 2 * torch.sin(0.3 * torch.arange(2000))
+    monkeypatch.setattr("pianodiff.generate.Piano.generate", lambda *args, **how: wave.clone())
+    assert make(model, "--out", "piano.wav") == 0
+    torch.testing.assert_close(load_audio("piano.wav"), wave / 2, atol=1e-3, rtol=0)
+
+
+def refused(capsys, status: int) -> str:
+    """What a refused command says: one line, nothing written beside what was there."""
+    out, err = capsys.readouterr()
+    assert status == 2 and not out
+    assert re.fullmatch(r"pianodiff: [^\n]+\n", err), err
+    return err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e9"])
+def test_impossible_lengths(model, capsys, seconds):
+    assert "seconds must be more than 0" in refused(capsys, make(model, "--seconds", seconds))
+    assert not os.listdir()
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--out", "no/such/folder/piano.wav"), "the folder no/such/folder can't be written to"),
+    (("--out", "file/piano.wav"), "the folder file can't be written to"),
+    (("--image", "no/such/folder/piano.png"), "the folder no/such/folder can't be written to"),
+    (("--out", "folder.wav"), "folder.wav is a folder"),
+    (("--out", "piano.txt"), "piano.txt must end in .wav or"),
+    (("--image", "piano.jpeg"), "piano.jpeg must end in .png"),
+    (("--sampler", "hein"), "no sampler 'hein'"),
+    (("--steps", "0"), "num_steps must be a whole number of at least 1"),
+    (("--seed", "-1"), "seed must be a whole number from 0"),
+    (("--guidance", "nan"), "guidance must be finite"),
+    (("--model", "no-such-model"), "no model 'no-such-model'"),
+    (("--model", "."), "model"),
+])
+def test_bad_flags(model, capsys, flags, message):
+    Path("file").write_text("")
+    Path("folder.wav").mkdir()
+    assert message in refused(capsys, make(model, *flags))
+    assert sorted(os.listdir()) == ["file", "folder.wav"]
+
+
+def test_outputs_are_tried_before_the_minutes_of_work(model, monkeypatch, capsys):
+    monkeypatch.setattr("pianodiff.generate.Piano.from_pretrained", lambda *args: pytest.fail("too late"))
+    refused(capsys, make(model, "--out", "no/such/folder/piano.wav"))
+
+
+def test_a_folder_without_permission(model, capsys):
+    Path("closed").mkdir(mode=0o500)
+    target = "closed/piano.wav" if os.geteuid() else "/proc/piano.wav"  # root may write everywhere but there
+    if not os.geteuid() and not Path("/proc").is_dir():
+        pytest.skip("root can write to every folder here")
+    assert "can't be written to" in refused(capsys, make(model, "--out", target))
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("missing.wav", "missing.wav is not a file"),
+    ("notes.wav", "notes.wav can't be read as sound"),
+    ("empty.wav", "empty.wav"),
+    ("short.wav", "the prompt lasts 0.013 s; give at least 0.064 s"),
+    ("silent.wav", "silent"),
+])
+def test_bad_prompts(model, capsys, name, message):
+    Path("notes.wav").write_text("crotchet, quaver, quaver")
+    Path("empty.wav").write_bytes(b"")
+    save_audio("short.wav", torch.ones(100))
+    save_audio("silent.wav", torch.zeros(4000))
+    before = sorted(os.listdir())
+    assert message in refused(capsys, make(model, command=("continue", name)))
+    assert sorted(os.listdir()) == before
+
+
+def test_a_damaged_model(model, capsys):
+    weights = Path(model, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "model.safetensors" in refused(capsys, make(model))
+
+
+def test_a_disk_that_fills_leaves_no_half_file(model, capsys, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr("os.replace", full)
+    status = make(model, "--image", "piano.png")
+    assert status == 2 and "No space left on device" in capsys.readouterr().err
+    assert not os.listdir()
+
+
+def test_usage_errors(capsys):
+    for args in (["generate", "--seconds", "long"], ["genrate"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert stop.value.code == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_interrupted(model):
+    command = [sys.executable, "-m", "pianodiff.cli", "generate", "--model", model, "--seconds", "80000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while "block 3" not in process.stderr.readline():  # text mode ends a line at each of the bar's "\r", too
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert rest.splitlines()[-1] == "pianodiff: interrupted" and "Traceback" not in rest
+    assert not os.listdir()
+
+
+def test_info(model, capsys):
+    config = json.loads(Path(model, "config.json").read_text())
+    config["training"] = {"images": 400_000, "licence": "CC BY-NC-SA 4.0", "loss": {"0.1": 0.123456}}
+    Path(model, "config.json").write_text(json.dumps(config))
+    assert main(["info", model]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["parameters"] == f"{sum(p.numel() for p in tiny_piano().net.parameters()):,}"
+    assert rows["block"] == "32 x 32, 0.064 s at 8,000 Hz"
+    assert rows["training.images"] == "400,000" and rows["training.licence"] == "CC BY-NC-SA 4.0"
+    assert rows["training.loss.0.1"] == "0.1235" and rows["spectrogram.hop_length"] == "16"
+    assert rows["unet.channels"] == "8, 16"
+
+
+def test_prepare(monkeypatch, capsys):
+    asked = {}
+
+    def prepare(source, store, cfg, **how):
+        asked.update(source=source, store=store, cfg=cfg, **how)
+        return {"hours": {"train": 1.5}, "recordings": 3, "new": 2, "skipped": {"odd.wav": "it is silent"}}
+
+    monkeypatch.setattr("pianodiff.data.prepare", prepare)
+    assert main("prepare music.zip s3://bucket/store --preset paper-128 --splits train test --jobs 2".split()) == 0
+    assert asked["source"] == "music.zip" and asked["store"] == "s3://bucket/store" and asked["cfg"].n_fft == 256
+    assert asked["splits"] == ("train", "test") and asked["jobs"] == 2
+    assert asked["cluster"] is None and asked["soundfont"] is None
+    out, err = capsys.readouterr()
+    assert err == "skipped odd.wav: it is silent\n" and "3 recordings (train 1.5 h), 2 of them new" in out
+    assert "no preset 'grand'" in refused(capsys, main("prepare music.zip store --preset grand".split()))
+
+
+def test_train(model, monkeypatch, capsys):
+    asked = {}
+
+    def train(store, run, config, **how):
+        asked.update(store=store, run=run, config=config, **how)
+        return Path(run, "model")
+
+    monkeypatch.setattr("pianodiff.train.train", train)
+    flags = f"--preset base --images 5000 --batch-size 4 --lr 0.01 --P-mean -1.2 --compile --init {model}"
+    assert main(["train", "store", "run", *flags.split()]) == 0
+    expected = TrainConfig(preset="base", images=5000, batch_size=4, lr=0.01, P_mean=-1.2, compile=True)
+    assert asked == {"store": "store", "run": Path("run"), "config": expected, "init": Path(model),
+                     "on_snapshot": pianodiff.cli.snapshot}
+    assert "5,000 blocks" in capsys.readouterr().out
+    assert "lr must be positive" in refused(capsys, main("train store run --lr -1".split()))
+    assert "no model 'nanno'" in refused(capsys, main("train store run --init nanno".split()))
+
+
+def test_samples_during_training(tmp_path):
+    tiny_piano(SPECTROGRAMS["nano"], LARGE).save_pretrained(tmp_path / "model")
+    pianodiff.cli.snapshot(tmp_path / "model", 20_000)
+    assert sorted(os.listdir(tmp_path / "samples")) == ["20000.png", "20000.wav"]
+    assert len(load_audio(tmp_path / "samples" / "20000.wav")) == 8 * 8000
+
+
+def test_the_shipped_model(tmp_path):
+    out = tmp_path / "piano.wav"
+    assert main(["generate", "--seconds", "0.5", "--steps", "2", "--seed", "7", "--out", str(out)]) == 0
+    assert len(load_audio(out)) == 4000

@@ -1,0 +1,293 @@
+"""Piano: what a seed, a prompt, a length and a piece of a stream promise. The network is tiny and untrained."""
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from pianodiff import generate
+from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_magnitude, to_spectrogram
+from pianodiff.data import example_performance
+from pianodiff.generate import Piano, Progress, continue_wave, find_model
+from pianodiff.unet import UNet, UNetConfig
+
+CFG = SpectrogramConfig(n_fft=64, hop_length=16, n_frames=32)
+SHAPE = UNetConfig(n_bins=32, n_frames=32, patch=2, channels=(8, 16), blocks=(1, 1), attention=("", "f"),
+                   emb_channels=16, cond_channels=(8, 8), adaptive=True, coordinates=True, prev_input=True)
+LARGE = replace(SHAPE, n_bins=256, n_frames=128, patch=8)  # for blocks of nano's size
+FEW = {"num_steps": 2}
+BLOCK = CFG.block_samples
+
+
+def tiny_piano(cfg: SpectrogramConfig = CFG, shape: UNetConfig = SHAPE) -> Piano:
+    torch.manual_seed(0)
+    net = UNet(shape)
+    for parameter in net.parameters():  # the layers that start at zero would hide the condition
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return Piano(net, {"format": 1, "name": "tiny", "preset": "tiny", "spectrogram": asdict(cfg), "unet": asdict(shape),
+                       "mean": 0.4, "std": 0.2, "sigma_data": 0.5, "training": {}}, "cpu")
+
+
+@pytest.fixture(scope="module")
+def piano() -> Piano:
+    return tiny_piano()
+
+
+@pytest.fixture(scope="module")
+def prompt() -> torch.Tensor:
+    return 0.25 * example_performance(1.3, seed=1)
+
+
+def bend(wave: torch.Tensor, at: int) -> float:
+    """Second difference across a join before sample `at`, in units of the largest one elsewhere within 500 samples."""
+    around = wave[max(at - 500, 0) : at + 500].diff(n=2).abs()
+    at = min(at, 500)
+    return float(around[at - 2 : at].max() / torch.cat([around[: at - 2], around[at:]]).max())
+
+
+@pytest.mark.parametrize("seconds", [1 / 8000, 0.0317, BLOCK / 8000, 0.1, 0.29])
+def test_length(piano, prompt, seconds):
+    total = round(seconds * 8000)
+    for start in (None, prompt):
+        wave = piano.generate(seconds, seed=1, prompt=start, **FEW)
+        pieces = list(piano.stream(seconds, seed=1, prompt=start, **FEW))
+        assert wave.shape == torch.cat(pieces).shape == (total,)
+        assert wave.isfinite().all() and torch.cat(pieces).isfinite().all()
+        assert len(pieces) == math.ceil(total / BLOCK) and all(len(piece) for piece in pieces)
+        frames = math.ceil(total / CFG.hop_length)
+        assert piano.spectrogram(seconds, seed=1, prompt=start, **FEW).shape == (CFG.n_bins, frames)
+
+
+def test_seed_fixes_everything(piano):
+    state = torch.get_rng_state()
+    one, two, other = (piano.generate(0.2, seed=seed, **FEW) for seed in (5, 5, 6))
+    assert torch.equal(one, two) and not torch.allclose(one, other)
+    one, two = (torch.cat(list(piano.stream(0.2, seed=5, **FEW))) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.equal(piano.generate(0.1, **FEW), piano.generate(0.1, **FEW))  # without a seed, one is drawn
+    assert torch.equal(state, torch.get_rng_state())  # the caller's random numbers are left alone
+
+
+def test_a_longer_piece_begins_with_the_shorter(piano, prompt):
+    for start in (None, prompt):
+        long = piano.spectrogram(0.4, seed=3, prompt=start, **FEW)
+        assert torch.equal(long[:, :125], piano.spectrogram(0.25, seed=3, prompt=start, **FEW))
+        assert 0 <= long.min() and long.max() <= 1 and long.std() > 0.05
+
+
+def test_each_block_follows_its_predecessor(piano, monkeypatch):
+    seen = []
+    monkeypatch.setattr(piano.denoiser, "forward", lambda x, sigma, cond: seen.append(cond) or torch.full_like(x, 0.25))
+    spec = piano.spectrogram(2 * CFG.block_seconds, seed=0, sampler="euler", num_steps=2)
+    torch.testing.assert_close(spec, torch.full_like(spec, 0.4 + 0.25 * 0.2 / 0.5))  # Eq. (standardise), backwards
+    assert seen[:2] == [None, None]
+    torch.testing.assert_close(seen[2], torch.full((1, 1, 32, 32), 0.25))
+
+
+def test_what_is_out_of_range_is_clipped_before_it_conditions(piano, monkeypatch):
+    seen = []
+    monkeypatch.setattr(piano.denoiser, "forward", lambda x, sigma, cond: seen.append(cond) or torch.full_like(x, 9.0))
+    assert (piano.spectrogram(2 * CFG.block_seconds, seed=0, sampler="euler", num_steps=1) == 1).all()
+    torch.testing.assert_close(seen[1], torch.full((1, 1, 32, 32), (1 - 0.4) / 0.2 * 0.5))
+
+
+def test_each_block_has_its_own_noise(piano, monkeypatch):
+    drawn = []
+    monkeypatch.setitem(generate.SAMPLERS, "heun", lambda denoise, z, cond, **how: drawn.append(z) or z)
+    piano.spectrogram(3 * CFG.block_seconds, seed=1)
+    list(piano.stream(2 * CFG.block_seconds, seed=1))
+    assert torch.equal(drawn[0], drawn[3]) and torch.equal(drawn[1], drawn[4])
+    shared = torch.corrcoef(torch.stack(drawn[:3]).flatten(1)) - torch.eye(3)
+    assert shared.abs().max() < 0.2  # 1024 numbers: six standard errors
+    assert abs(torch.stack(drawn).std() - 1) < 0.05
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 3.0])
+def test_guidance(piano, prompt, guidance, monkeypatch):
+    batches, plain = [], piano.denoiser.forward
+    monkeypatch.setattr(piano.denoiser, "forward", lambda x, s, c=None: batches.append(len(x)) or plain(x, s, c))
+    made = piano.spectrogram(CFG.block_seconds, seed=2, prompt=prompt, sampler="euler", num_steps=1, guidance=guidance)
+    assert batches == [1 if guidance == 1 else 2]  # one evaluation a step
+    start, _ = piano._plan(BLOCK, 2, prompt, "euler", 1, 1.0, None)
+    latents = torch.randn(1, 1, 32, 32, generator=generate._generator(2, 0, 0))
+    x, cond = 80 * latents.double(), (start.prev - 0.4)[None, None] / 0.4
+    null, conditional = plain(x, torch.tensor(80.0)), plain(x, torch.tensor(80.0), cond)
+    assert (conditional - null).std() > 1e-3
+    expected = 0.4 + 0.4 * (null + guidance * (conditional - null))  # one Euler step, to 0, ends at what is denoised
+    torch.testing.assert_close(made, expected[0, 0].clamp(0, 1).float(), atol=1e-4, rtol=0)
+
+
+def test_without_predecessor_there_is_nothing_to_guide(piano):
+    one = piano.spectrogram(CFG.block_seconds, seed=2, guidance=3.0, **FEW)
+    assert torch.equal(one, piano.spectrogram(CFG.block_seconds, seed=2, **FEW))
+
+
+def test_progress(piano):
+    seen: list[Progress] = []
+    piano.generate(2 * CFG.block_seconds, seed=0, num_steps=3, callback=seen.append)
+    assert seen == [Progress(block, 2, step, 3) for block in (0, 1) for step in (1, 2, 3)]
+    stream, seen = piano.stream(seed=0, num_steps=2, callback=lambda p: seen.append(p)), []
+    next(stream)
+    assert seen == [(0, None, 1, 2), (0, None, 2, 2)]
+
+
+def test_results_are_ordinary_tensors(piano, prompt):
+    for result in (piano.generate(0.1, seed=0, prompt=prompt, **FEW), piano.spectrogram(0.05, seed=0, **FEW),
+                   next(piano.stream(0.2, seed=0, **FEW))):
+        result *= 0.5  # inference tensors would refuse
+        (torch.ones(1, requires_grad=True) * result).sum().backward()
+
+
+def test_an_endless_stream_begins_like_a_long_one(piano):
+    endless, pieces = piano.stream(seed=4, **FEW), list(piano.stream(20 * CFG.block_seconds, seed=4, **FEW))
+    for piece in pieces[:-1]:
+        assert torch.equal(next(endless), piece)
+
+
+def test_prompt_frames_end_where_the_prompt_ends(piano):
+    whole = example_performance(1.3, seed=0)
+    hop = CFG.hop_length
+    for end in (8000, 8000 - 5):  # a whole number of hops, and not
+        prompt = whole[:end]
+        start, _ = piano._plan(1, 0, prompt, "heun", 2, 1.0, None)
+        truth = to_spectrogram(whole[end % hop :] / prompt.abs().max(), CFG)[:, : end // hop]  # they see a future
+        assert start.prev.shape == (CFG.n_bins, CFG.n_frames)
+        torch.testing.assert_close(start.prev[:, :-1], truth[:, -CFG.n_frames : -1], atol=1e-4, rtol=0)
+        assert torch.equal(start.prev[:, -1], start.prev[:, -2])  # the last window would reach beyond the end
+        torch.testing.assert_close(start.wave * start.peak, prompt[-len(start.wave) :])
+        assert len(start.wave) == start.spec.shape[1] * hop
+
+
+def test_a_prompts_level_is_its_continuations(piano, prompt):
+    loud, quiet = (piano.generate(0.2, seed=1, prompt=level * prompt, **FEW) for level in (1, 0.125))
+    torch.testing.assert_close(quiet, 0.125 * loud)
+    loud, quiet = (next(piano.stream(0.2, seed=1, prompt=level * prompt, **FEW)) for level in (1, 0.125))
+    torch.testing.assert_close(quiet, 0.125 * loud)
+
+
+def test_the_prompt_is_left_as_it_was(piano, prompt):
+    before = prompt.clone()
+    piano.generate(0.1, seed=1, prompt=prompt, **FEW)
+    assert torch.equal(before, prompt)
+
+
+def test_no_click_at_joins():
+    piano, prompt = tiny_piano(SPECTROGRAMS["nano"], LARGE), 0.25 * example_performance(3, seed=1)
+    assert bend(torch.cat([prompt, piano.generate(1, seed=1, prompt=prompt, **FEW)]), len(prompt)) < 1.5
+    pieces = [prompt, *piano.stream(8, seed=1, prompt=prompt, **FEW)]
+    joins = torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()[:-1]
+    bends = [bend(torch.cat(pieces), at) for at in joins]
+    assert len(bends) == 4 and max(bends) < 1.5
+
+
+def test_a_stream_is_as_good_as_a_single_inversion(monkeypatch):
+    cfg, piano = SPECTROGRAMS["nano"], tiny_piano(SPECTROGRAMS["nano"], LARGE)
+    spec = to_spectrogram(example_performance(5 * cfg.block_seconds, seed=0), cfg)  # in place of a good model's
+    monkeypatch.setattr(piano, "_blocks", lambda *how: iter(spec.split(cfg.n_frames, dim=1)))
+    target, quality = to_magnitude(spec, cfg), []
+    for wave in (piano.generate(10, seed=0), torch.cat(list(piano.stream(10, seed=0)))):
+        error = to_magnitude(to_spectrogram(wave, cfg), cfg)[:, 2:-2] - target[:, 2:623]
+        quality.append(20 * torch.log10(error.norm() / target[:, 2:623].norm()))
+    assert quality[0] < -18 and quality[1] < quality[0] + 1, quality  # decibels of spectral convergence
+
+
+@pytest.mark.parametrize("name", ["paper-128", "paper-256", "nano"])
+def test_continue_wave_goes_on_in_phase(name):
+    cfg = SPECTROGRAMS[name]
+    wave = example_performance(6, seed=4)
+    spec, margin = to_spectrogram(wave, cfg), 2 * cfg.n_fft // cfg.hop_length
+    likeness, flux = [], []
+    for cut in range(8192, 8192 * 5, 2048):
+        frame = cut // cfg.hop_length
+        past = wave[cut - margin * cfg.hop_length : cut]
+        new = continue_wave(past, spec[:, frame - margin : frame + 2 * margin], cfg,
+                            generator=torch.Generator().manual_seed(0))
+        assert new.shape == (2 * margin * cfg.hop_length,)
+        likeness.append(torch.cosine_similarity(new[:128], wave[cut : cut + 128], dim=0))
+        joined, around = to_magnitude(to_spectrogram(torch.cat([past, new]), cfg), cfg), slice(margin - 2, margin + 3)
+        recorded = to_magnitude(spec[:, frame - margin : frame + 2 * margin], cfg)
+        flux.append([x[:, around].diff().clamp(min=0).sum() for x in (joined, recorded)])
+    assert torch.stack(likeness).median() > 0.8  # the recording's own samples, of which it has seen none
+    made, played = torch.tensor(flux).sum(0)
+    assert made < 1.6 * played  # no burst across the spectrum at the join
+
+
+def test_continue_wave_meets_even_what_does_not_follow():
+    cfg = SPECTROGRAMS["nano"]
+    past = 0.5 * torch.cos(0.2 * torch.arange(-1023, 1).float())  # ends on a crest
+    new = continue_wave(past, torch.zeros(256, 40), cfg, generator=torch.Generator().manual_seed(0))
+    assert abs(new[0] - past[-1]) < 0.1 and new[256:].abs().max() < 0.05  # silence follows, but no click
+
+
+def test_save_and_load(piano, tmp_path):
+    piano.save_pretrained(tmp_path / "one")
+    one = Piano.from_pretrained(tmp_path / "one")
+    one.save_pretrained(tmp_path / "two")
+    two = Piano.from_pretrained(str(tmp_path / "two"), device="cpu")
+    assert one.config == two.config and one.cfg == CFG
+    assert torch.equal(one.generate(0.1, seed=0, **FEW), two.generate(0.1, seed=0, **FEW))
+    for stored, weight in zip(one.net.parameters(), piano.net.parameters(), strict=True):
+        assert torch.equal(stored, weight.half().float())
+
+
+def test_names_of_models(piano, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_model("someone/grand-piano") == tmp_path / "hub"
+    assert asked == [("someone/grand-piano", ["*.safetensors", "*.json"])]
+    assert find_model(tmp_path) == tmp_path  # a folder is never looked for on the Hub
+    for missing in ("no-such-model", "/no/such/folder", "./nowhere", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="one that ships"):
+            find_model(missing)
+    assert len(asked) == 1
+
+
+def test_a_hub_that_fails(monkeypatch):
+    def download(name, allow_patterns):
+        raise OSError("the network is unreachable\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match=r"not on the Hub \(the network is unreachable\); give one that ships"):
+        find_model("someone/grand-piano")
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e9, 86_401, 1e-6])
+def test_impossible_lengths(piano, seconds):
+    for call in (piano.generate, piano.stream, piano.spectrogram):
+        with pytest.raises(ValueError, match="seconds must be more than 0 and at most 86400"):
+            call(seconds)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"prompt": torch.ones(BLOCK - 1)}, "the prompt lasts 0.064 s; give at least 0.064 s"),
+    ({"prompt": torch.zeros(BLOCK)}, "silent"),
+    ({"prompt": torch.ones(BLOCK).index_fill(0, torch.tensor([3]), torch.nan)}, "NaN"),
+    ({"prompt": torch.ones(2, BLOCK)}, "must be a wave"),
+    ({"seed": -1}, "seed must be a whole number from 0, not -1"),
+    ({"seed": 1.5}, "seed must be a whole number"),
+    ({"sampler": "hein"}, "no sampler 'hein'; choose of heun"),
+    ({"num_steps": 0}, "num_steps"),
+    ({"guidance": float("nan")}, "guidance must be finite"),
+])
+def test_bad_input_is_told_at_once(piano, settings, message):
+    for call in (piano.generate, piano.stream, piano.spectrogram):  # a stream too, before its first piece
+        with pytest.raises(ValueError, match=message):
+            call(1, **settings)
+
+
+def test_memory_of_a_stream_does_not_grow(piano):
+    stream = piano.stream(seed=0, num_steps=1, sampler="euler")
+    for _ in range(3):
+        next(stream)
+    held = stream.gi_frame.f_locals
+    sizes = {name: held[name].untyped_storage().nbytes() for name in ("wave", "spec", "new")}
+    for _ in range(20):
+        next(stream)
+    assert sizes == {name: stream.gi_frame.f_locals[name].untyped_storage().nbytes() for name in sizes}

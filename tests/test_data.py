@@ -1,0 +1,677 @@
+"""What `prepare` takes and survives: layouts, places, clusters, interruptions, damage; and the blocks that come out."""
+
+import csv
+import functools
+import http.server
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import zarr
+from torch.utils.data import DataLoader
+
+from pianodiff.audio import SpectrogramConfig, load_audio, normalize_peak, save_audio, to_spectrogram
+from pianodiff.data import (
+    SPLITS,
+    BlockDataset,
+    _run,
+    find_recordings,
+    find_soundfont,
+    open_store,
+    prepare,
+    render_midi,
+)
+
+CFG = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)    # a block is 1024 samples, an eighth of a second
+SECONDS = {"a": 0.5, "b": 0.7, "c": 0.4, "d": 0.3}
+SPLIT = {"a": "train", "b": "train", "c": "validation", "d": "test"}
+BLOCKS = {"train": 3 + 5, "validation": 3, "test": 2}
+COLUMNS = ["canonical_composer", "canonical_title", "split", "midi_filename", "audio_filename", "duration"]
+IDS = {f"2004--{name}.wav" for name in SPLIT}
+
+
+def sound(seed: int, seconds: float) -> torch.Tensor:
+    """Three decaying tones and a little noise."""
+    generator, time = torch.Generator().manual_seed(seed), torch.arange(round(seconds * 8000)) / 8000
+    pitches = 200 * 8 ** torch.rand(3, 1, generator=generator)
+    tones = (2 * torch.pi * pitches * time).sin().mean(0) * torch.exp(-4 * (time % 0.3))
+    return 0.5 * tones + 0.01 * torch.randn(len(time), generator=generator)
+
+
+def write_index(folder: Path, splits: dict[str, str], kind: str = "csv") -> None:
+    rows = [["Somebody", f"piece {name}", split, f"2004/{name}.midi", f"2004/{name}.wav", SECONDS.get(name, 1)]
+            for name, split in splits.items()]
+    if kind == "csv":
+        with open(folder / "maestro-v9.csv", "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+    else:
+        columns = {name: {str(i): row[k] for i, row in enumerate(rows)} for k, name in enumerate(COLUMNS)}
+        (folder / "maestro-v9.json").write_text(json.dumps(columns))
+
+
+def maestro(folder: Path, kind: str = "csv") -> Path:
+    """Four short recordings in MAESTRO's layout."""
+    (folder / "2004").mkdir(parents=True)
+    for seed, (name, seconds) in enumerate(SECONDS.items()):
+        save_audio(folder / "2004" / f"{name}.wav", sound(seed, seconds))
+    write_index(folder, SPLIT, kind)
+    return folder
+
+
+def zipped(folder: Path, archive: Path, inside: str = "") -> Path:
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(folder.rglob("*.*")):
+            file.write(path, Path(inside, path.relative_to(folder)))
+    return archive
+
+
+def contents(store: Path | str) -> dict[str, tuple]:
+    """All that a store says and holds, but for the name of its source."""
+    group = zarr.open_group(str(store), mode="r")
+    about = {key: value for key, value in group.attrs.asdict().items() if key != "source"}
+    return {"": about} | {name: (array.attrs.asdict(), array[:].tolist()) for name, array in group.arrays()}
+
+
+def mtimes(store: Path, names: set[str]) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for name in names for path in (store / name).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def music(tmp_path_factory) -> Path:
+    return maestro(tmp_path_factory.mktemp("data") / "music")
+
+
+@pytest.fixture(scope="module")
+def store(music, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "store"
+    prepare(music, path, CFG, jobs=1)
+    return path
+
+
+@pytest.fixture
+def mine(store, tmp_path) -> Path:
+    """A copy of the store, to be spoilt."""
+    return shutil.copytree(store, tmp_path / "mine")
+
+
+# Layouts
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+@pytest.mark.parametrize("inside", [None, "", "maestro-v9/data"], ids=["folder", "zip", "folder in a zip"])
+def test_maestros_layout(kind, inside, store, tmp_path):
+    source = maestro(tmp_path / "music", kind)
+    if inside is not None:
+        source = zipped(source, tmp_path / "music.zip", inside)
+    found = find_recordings(source)
+    assert {r.path for r in found} == {str(Path(inside or "", f"2004/{name}.wav")) for name in SPLIT}
+    assert [(r.split, r.title, r.duration) for r in found] == [
+        (SPLIT[name], f"Somebody: piece {name}", SECONDS[name]) for name in SPLIT]
+    report = prepare(source, tmp_path / "store", CFG, jobs=1)
+    assert (report["recordings"], report["new"], report["skipped"]) == (4, 4, {})
+    if not inside:    # which is part of the names
+        assert contents(tmp_path / "store") == contents(store)
+
+
+def test_what_a_store_holds(music, store, tmp_path):
+    info = open_store(store)
+    assert (info.cfg, info.source, {r["id"] for r in info.recordings}) == (CFG, "music", IDS)
+    waves = {name: normalize_peak(load_audio(music / f"2004/{name}.wav"))[0] for name in SPLIT}
+    specs = {name: to_spectrogram(wave, CFG) for name, wave in waves.items()}
+    group = zarr.open_group(str(store), mode="r")
+    for name, spec in specs.items():
+        array = group[f"2004--{name}.wav"]
+        assert array.dtype == np.uint8 and array.shape == (round(SECONDS[name] * 250), 32)
+        assert np.abs(array[:].T / 255 - spec.numpy()).max() < 0.5001 / 255
+    train = np.concatenate([group[f"2004--{name}.wav"][:] / 255 for name in "ab"])
+    assert info.mean == pytest.approx(train.mean(), abs=1e-9) and info.std == pytest.approx(train.std(), abs=1e-9)
+    assert {split: 3600 * hours for split, hours in info.hours.items()} == pytest.approx(
+        {"train": 1.2, "validation": 0.4, "test": 0.3})
+    again = prepare(music, store, CFG, jobs=1)
+    assert again["new"] == 0 and again["hours"] == info.hours
+    assert again["bytes"] == sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+
+
+def test_a_plain_folder_is_split_by_file(tmp_path):
+    (tmp_path / "music/deeper").mkdir(parents=True)
+    for seed in range(11):
+        save_audio(tmp_path / f"music/{'deeper/' * (seed % 2)}{seed}.{['wav', 'flac'][seed % 2]}", sound(seed, 0.2))
+    (tmp_path / "music/0.mid").write_bytes(b"the notes of 0.wav")
+    (tmp_path / "music/notes.txt").write_text("no music")
+    (tmp_path / "music/.hidden.wav").write_text("no music")
+    (tmp_path / "music/opus.csv").write_text("opus,key\n1,C\n")
+    (tmp_path / "music/list.json").write_text("[1, 2]")
+    report = prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
+    assert (report["recordings"], report["skipped"]) == (11, {})
+    counts = {split: len(open_store(tmp_path / "store").of(split)) for split in SPLITS}
+    assert counts == {"train": 9, "validation": 1, "test": 1}
+    moved = shutil.copytree(tmp_path / "music/deeper", tmp_path / "moved/elsewhere").parent
+    shutil.copytree(tmp_path / "music", moved / "music", ignore=shutil.ignore_patterns("deeper"))
+    by_name = [{Path(r.path).name: r.split for r in find_recordings(place)} for place in (tmp_path / "music", moved)]
+    assert by_name[0] == by_name[1]
+
+
+def test_names_in_any_script_and_of_any_length(tmp_path):
+    names = ["Für Elise – живая запись.wav", "演" * 80 + ".wav", "演" * 79 + "奏.wav", "__a b%20c#?.wav"]
+    (tmp_path / "音楽").mkdir()
+    for seed, name in enumerate(names):
+        save_audio(tmp_path / "音楽" / name, sound(seed, 0.2))
+    assert prepare(tmp_path / "音楽", tmp_path / "store", CFG, jobs=1)["recordings"] == 4
+    assert len(BlockDataset(tmp_path / "store", "train", random_offset=False)) == 2 * 1
+
+
+def test_another_sample_rate(music, tmp_path):
+    cfg = SpectrogramConfig(sample_rate=16000, n_fft=64, hop_length=32, n_frames=32)
+    prepare(music, tmp_path / "store", cfg, jobs=1)
+    assert 3600 * open_store(tmp_path / "store").hours["train"] == pytest.approx(1.2)
+
+
+def test_some_splits_first_and_the_others_later(music, store, tmp_path):
+    first = prepare(music, tmp_path / "mine", CFG, jobs=1, splits="train")
+    assert first["hours"].keys() == {"train"} and first["recordings"] == 2
+    with pytest.raises(ValueError, match="'test'; prepare that split too"):
+        BlockDataset(tmp_path / "mine", "test", random_offset=False)
+    kept = mtimes(tmp_path / "mine", {"2004--a.wav", "2004--b.wav"})
+    rest = prepare(music, tmp_path / "mine", CFG, jobs=1, splits=["test", "validation"])
+    assert (rest["recordings"], rest["new"]) == (4, 2)
+    assert mtimes(tmp_path / "mine", {"2004--a.wav", "2004--b.wav"}) == kept
+    assert contents(tmp_path / "mine") == contents(store)
+
+
+def test_a_changed_index_moves_what_is_finished(mine, tmp_path):
+    source = maestro(tmp_path / "music")
+    write_index(source, SPLIT | {"b": "test"})
+    assert prepare(source, mine, CFG, jobs=1)["new"] == 0
+    assert [r["id"] for r in open_store(mine).of("test")] == ["2004--b.wav", "2004--d.wav"]
+    assert open_store(mine).mean == pytest.approx(zarr.open_group(mine)["2004--a.wav"][:].mean() / 255)
+
+
+# MIDI
+
+def midi_file(*pitches: int) -> bytes:
+    """One note after another, each of two seconds."""
+    events = b"".join(bytes([0, 0x90, pitch, 90, 0x83, 0x00, 0x80, pitch, 0]) for pitch in pitches) + b"\0\xff\x2f\0"
+    return b"MThd\0\0\0\6\0\0\0\1\0\x60" + b"MTrk" + len(events).to_bytes(4, "big") + events
+
+
+def test_midi_stands_in_for_missing_audio(fluidsynth, shared_data, tmp_path):
+    source = maestro(tmp_path / "music")
+    for name, pitch in [("a", 57), ("b", 69)]:    # of a the audio is there too
+        (source / f"2004/{name}.midi").write_bytes(midi_file(pitch))
+    (source / "2004/b.wav").unlink()
+    cfg = SpectrogramConfig(n_frames=16)
+    report = prepare(source, tmp_path / "store", cfg, jobs=1, soundfont=shared_data / "fluidr3-piano.sf2")
+    assert report["recordings"] == 4 and report["skipped"] == {}
+    group = zarr.open_group(tmp_path / "store", mode="r")
+    assert sorted(group) == ["2004--a.wav", "2004--b.midi", "2004--c.wav", "2004--d.wav"]
+    played = group["2004--b.midi"][:]
+    assert 2 * 62.5 < len(played) < 8 * 62.5
+    assert abs(int(played[20:80].mean(axis=0).argmax()) * 8000 / 512 - 440) < 16    # A4
+
+
+def test_real_performances(fluidsynth, shared_data, tmp_path, monkeypatch):
+    archive = shared_data / "asap-maestro-midi.zip"
+    found = find_recordings(archive)
+    assert len(found) == 944 and {r.path[-4:] for r in found} == {".mid"}
+    hours = {split: sum(r.duration for r in found if r.split == split) / 3600 for split in SPLITS}
+    assert hours == pytest.approx({"train": 66.6, "validation": 10.0, "test": 9.1}, abs=0.05)
+    short = min(found, key=lambda r: r.duration)
+    with zipfile.ZipFile(archive) as file, zipfile.ZipFile(tmp_path / "one.zip", "w") as one:
+        one.writestr(f"{short.title}.mid", file.read(short.path))
+    monkeypatch.setenv("PIANODIFF_SOUNDFONT", str(shared_data / "fluidr3-piano.sf2"))
+    report = prepare(tmp_path / "one.zip", tmp_path / "store", SpectrogramConfig(), jobs=1)
+    assert short.duration <= 3600 * report["hours"]["train"] < short.duration + 10    # the last notes die away
+    assert 0.1 < open_store(tmp_path / "store").mean < 0.6
+
+
+def test_midi_that_cannot_be_played(fluidsynth, shared_data, tmp_path):
+    piano = shared_data / "fluidr3-piano.sf2"
+    for midi, reason in [(midi_file(60)[:-7], "end of file"), (b"RIFF", "no MIDI file"), (b"", "no MIDI file")]:
+        with pytest.raises(ValueError, match=reason):
+            render_midi(midi, piano)
+    (tmp_path / "damaged.sf2").write_bytes(piano.read_bytes()[:50_000])    # FluidSynth would go on with another
+    (tmp_path / "no.sf2").write_text("no soundfont")
+    for name in ("damaged.sf2", "no.sf2"):
+        with pytest.raises(ValueError, match="FluidSynth can't play it.*soundfont again"):
+            render_midi(midi_file(60), tmp_path / name)
+
+
+def test_a_missing_soundfont_or_fluidsynth_is_named(tmp_path, monkeypatch):
+    (tmp_path / "music").mkdir()
+    (tmp_path / "music/a.mid").write_bytes(midi_file(60))
+    with pytest.raises(FileNotFoundError, match=r"no soundfont .*gone\.sf2; name one.*--soundfont"):
+        prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1, soundfont=tmp_path / "gone.sf2")
+    monkeypatch.setenv("PIANODIFF_SOUNDFONT", "elsewhere.sf2")
+    with pytest.raises(FileNotFoundError, match=r"no soundfont elsewhere\.sf2"):
+        prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "any.sf2").write_text("")
+    monkeypatch.setenv("PIANODIFF_SOUNDFONT", str(tmp_path / "any.sf2"))
+    assert find_soundfont() == str(tmp_path / "any.sf2")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"none of the 1 recordings .* a\.mid: FluidSynth is not installed; install"):
+        prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
+
+
+# Interruptions
+
+SCRIPT = """
+import sys
+from pianodiff.audio import SpectrogramConfig
+from pianodiff.data import prepare
+if __name__ == "__main__":
+    prepare(sys.argv[1], sys.argv[2], SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32), jobs=2)
+"""
+
+
+def finished(store: Path) -> set[str]:
+    return {path.parent.name for path in store.glob("*/zarr.json") if "histogram" in path.read_text()}
+
+
+def wait(until, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_an_interrupted_run_goes_on(how, tmp_path):
+    (tmp_path / "music").mkdir()
+    save_audio(tmp_path / "music/000.wav", sound(0, 1.5))
+    for i in range(1, 120):
+        os.link(tmp_path / "music/000.wav", tmp_path / f"music/{i:03}.wav")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    store = tmp_path / "store"
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "music"), str(store)]
+    with open(tmp_path / "stderr", "w+") as stderr:
+        process = subprocess.Popen(command, stderr=stderr, start_new_session=True)
+        wait(lambda: len(finished(store)) >= 5 or process.poll() is not None)
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)    # as a terminal does; the workers leave it to their parent
+        else:
+            process.kill()
+        assert process.wait() == -how, (tmp_path / "stderr").read_text()
+    wait(lambda: group_is_gone(process.pid))    # no worker is left behind
+    before = finished(store)
+    assert 5 <= len(before) < 120
+    for use in (open_store, lambda store: BlockDataset(store, "train", random_offset=False)):
+        with pytest.raises(ValueError, match=r"half-written; run the same `pianodiff prepare` again"):
+            use(store)
+    half = before.pop()    # as if killed between its data and its attributes
+    array = zarr.open_group(store)[half]
+    codes, array[:] = array[:], 0
+    array.attrs.put({})
+    kept = mtimes(store, before)
+    report = prepare(tmp_path / "music", store, CFG, jobs=1)
+    assert (report["recordings"], report["new"]) == (120, 120 - len(before))
+    assert mtimes(store, before) == kept
+    arrays = dict(zarr.open_group(store, mode="r").arrays())
+    assert len(arrays) == 120 and all(np.array_equal(array[:], codes) for array in arrays.values())
+    assert open_store(store).mean == pytest.approx(codes.mean() / 255)
+
+
+@contextmanager
+def files_limited_to(size: int):
+    """No file may grow beyond `size` bytes: writing fails as it does on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_full_disk(tmp_path):
+    (tmp_path / "music").mkdir()
+    for name, seconds in [("a", 0.2), ("b", 4), ("c", 0.2)]:
+        save_audio(tmp_path / f"music/{name}.wav", sound(0, seconds))
+    full = r"store can't be written \(File too large\); what is finished is kept: .* run again"
+    with files_limited_to(10_000), pytest.raises(OSError, match=full):
+        prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
+    kept = mtimes(tmp_path / "store", {"a.wav"})
+    with pytest.raises(ValueError, match="half-written"):
+        open_store(tmp_path / "store")
+    assert prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)["new"] == 2
+    assert kept and mtimes(tmp_path / "store", {"a.wav"}) == kept
+
+
+def test_adding_to_a_store_leaves_it_usable_when_it_fails(mine, tmp_path):
+    source = maestro(tmp_path / "music")
+    save_audio(source / "2004/e.wav", sound(9, 4))
+    write_index(source, SPLIT | {"e": "train"})
+    before = contents(mine)[""]
+    with files_limited_to(10_000), pytest.raises(OSError, match="what is finished is kept"):
+        prepare(source, mine, CFG, jobs=1)
+    assert contents(mine)[""] == before and len(BlockDataset(mine, "train", random_offset=False)) == BLOCKS["train"]
+    assert prepare(source, mine, CFG, jobs=1)["new"] == 1
+    assert len(BlockDataset(mine, "train", random_offset=False)) == BLOCKS["train"] + 31
+
+
+def test_a_place_that_cannot_be_written(music, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=r"file/store can't be written \(Not a directory\).* give another place"):
+        prepare(music, tmp_path / "file/store", CFG, jobs=1)
+
+
+def die(recording: object) -> dict:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_processes(music, store, tmp_path):
+    prepare(music, tmp_path / "store", CFG, jobs=2)
+    assert contents(tmp_path / "store") == contents(store)
+    with pytest.raises(ChildProcessError, match="a worker process died, .*run again with fewer jobs"):
+        list(_run(die, find_recordings(music)[:1], 2, None))
+
+
+# Bad input
+
+def test_bad_recordings_are_skipped_and_named(tmp_path):
+    source = maestro(tmp_path / "music")
+    folder = source / "2004"
+    save_audio(folder / "silent.wav", torch.zeros(8000))
+    save_audio(folder / "short.wav", sound(0, 0.1))
+    good = (folder / "a.wav").read_bytes()
+    (folder / "truncated.wav").write_bytes(good[: len(good) // 2])
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "text.wav").write_text("not a sound, whatever its name says")
+    soundfile.write(folder / "nan.wav", np.full(8000, np.nan, np.float32), 8000, subtype="FLOAT")
+    bad = {"silent": "silent", "short": "0.10 s, less than a block", "truncated": "truncated", "empty": "can't be read",
+           "text": "can't be read", "nan": "NaN", "missing": "listed in the index, but missing"}
+    write_index(source, SPLIT | dict.fromkeys(bad, "train"))
+    report = prepare(source, tmp_path / "store", CFG, jobs=1)
+    assert (report["recordings"], report["new"]) == (4, 4)
+    assert report["skipped"].keys() == {f"2004/{name}.wav" for name in bad}
+    assert all(reason in report["skipped"][f"2004/{name}.wav"] for name, reason in bad.items()), report
+    assert {r["id"] for r in open_store(tmp_path / "store").recordings} == IDS
+
+    write_index(source, dict.fromkeys(bad, "train"))
+    with pytest.raises(ValueError, match=r"none of the 7 recordings in .*music can be used; 2004/\w+\.wav: "):
+        prepare(source, tmp_path / "none", CFG, jobs=1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_damaged_zip_files(music, tmp_path):
+    whole = zipped(music, tmp_path / "whole.zip").read_bytes()
+    for name, data in [("half.zip", whole[: len(whole) // 2]), ("empty.zip", b""), ("text.zip", b"no zip")]:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name} can't be opened \(.*\); check the address, or copy it again"):
+            prepare(tmp_path / name, tmp_path / "store", CFG, jobs=1)
+    spoilt = bytearray(whole)
+    spoilt[whole.index((music / "2004/b.wav").read_bytes()) + 1000] ^= 255
+    (tmp_path / "spoilt.zip").write_bytes(spoilt)
+    report = prepare(tmp_path / "spoilt.zip", tmp_path / "store", CFG, jobs=1)
+    assert report["recordings"] == 3 and "it can't be read (Bad CRC-32" in report["skipped"]["2004/b.wav"]
+    shutil.move(tmp_path / "spoilt.zip", tmp_path / "old.zip")
+    (tmp_path / "spoilt.zip").write_bytes(whole)    # repaired, and looked at anew
+    assert prepare(tmp_path / "spoilt.zip", tmp_path / "store", CFG, jobs=1)["new"] == 1
+
+
+def test_sources_that_cannot_be_used(music, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for source, error, message in [
+        (tmp_path / "gone", FileNotFoundError, "gone does not exist; give a folder, a zip file or a URL"),
+        (tmp_path / "gone.zip", FileNotFoundError, "gone.zip does not exist"),
+        ("nowhere://at/all", ValueError, "nowhere://at/all can't be opened .*not known"),
+        (tmp_path / "empty", ValueError, "no index in MAESTRO's layout and no sound file"),
+        (music / "maestro-v9.csv", ValueError, "no index in MAESTRO's layout and no sound file"),
+    ]:
+        with pytest.raises(error, match=message):
+            prepare(source, tmp_path / "store", CFG, jobs=1)
+    with pytest.raises(ValueError, match="there is no split valid; choose of train, validation, test"):
+        prepare(music, tmp_path / "store", CFG, jobs=1, splits=["train", "valid"])
+    write_index(tmp_path / "empty", {"a": "train"})
+    with pytest.raises(ValueError, match="no recordings of the splits test; choose others"):
+        prepare(tmp_path / "empty", tmp_path / "store", CFG, jobs=1, splits=["test"])
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_index_with_a_bad_row(tmp_path):
+    for row, message in [("train,,", "row 2 names no file"), ("valid,x.wav,", "row 2 has the split 'valid'; choose"),
+                         ("test,x.wav,3:25", "row 2 .*'3:25'"), ("train,a.wav,1", "a.wav twice")]:
+        (tmp_path / "index.csv").write_text(f"split,audio_filename,duration\ntrain,a.wav,1\n{row}\n")
+        with pytest.raises(ValueError, match=message):
+            find_recordings(tmp_path)
+
+
+def test_a_store_made_of_something_else_is_left_alone(music, mine, tmp_path):
+    before = contents(mine)
+    with pytest.raises(ValueError, match=r"mine was made with n_fft 64, not 512, hop_length 32, not 128.* another"):
+        prepare(music, mine, SpectrogramConfig(), jobs=1)
+    with pytest.raises(ValueError, match="was made with source music, not other; give another folder"):
+        prepare(shutil.copytree(music, tmp_path / "other"), mine, CFG, jobs=1)
+    assert contents(mine) == before
+
+
+def other_format(store: Path) -> None:
+    zarr.open_group(store).attrs["pianodiff_store"] = 99
+
+
+def no_attributes(store: Path) -> None:
+    zarr.open_group(store).attrs.put({})
+
+
+def truncated_metadata(store: Path) -> None:
+    (store / "zarr.json").write_bytes((store / "zarr.json").read_bytes()[:100])
+
+
+@pytest.mark.parametrize("spoil", [other_format, no_attributes, truncated_metadata])
+def test_a_store_of_another_kind(spoil, music, mine):
+    spoil(mine)
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    refused = r"mine (is not a spectrogram store of format 1|can't be opened).* `pianodiff prepare`"
+    for use in (open_store, lambda store: prepare(music, store, CFG, jobs=1)):
+        with pytest.raises(ValueError, match=refused):
+            use(mine)
+    assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+
+
+def test_what_is_no_store(music, tmp_path):
+    (tmp_path / "file").write_text("a letter")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/letter").write_text("a letter")
+    zarr.save_array(str(tmp_path / "array"), np.zeros(3))
+    for name in ("file", "folder", "array", "gone"):
+        with pytest.raises(FileNotFoundError, match=f"{name} is not a spectrogram store; make one with `pianodiff"):
+            BlockDataset(tmp_path / name, "train", random_offset=False)
+        if name != "gone":
+            with pytest.raises(ValueError, match=f"{name} exists and is not a spectrogram store; give another folder"):
+                prepare(music, tmp_path / name, CFG, jobs=1)
+    (tmp_path / "new").mkdir()    # an empty folder is as good as none
+    assert prepare(music, tmp_path / "new", CFG, jobs=1)["recordings"] == 4
+
+
+def test_a_store_that_lost_an_array(music, mine, store):
+    shutil.rmtree(mine / "2004--a.wav")
+    with pytest.raises(FileNotFoundError, match="mine lacks 2004--a.wav; copy it again"):
+        BlockDataset(mine, "train", random_offset=False)[0]
+    prepare(music, mine, CFG, jobs=1)
+    assert contents(mine) == contents(store)
+
+
+# Places
+
+def test_memory(music, store):
+    prepare(music, "memory://test_data/store", CFG, jobs=1)
+    assert contents("memory://test_data/store") == contents(store)
+    assert prepare(music, "memory://test_data/store", CFG, jobs=1)["new"] == 0
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The URL of a bucket in an object store of our own."""
+    server = pytest.importorskip("moto.server", reason="moto[server] is missing: pip install -e '.[dev]'")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is missing: pip install -e '.[s3]'")
+    thread = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    thread.start()
+    host, port = thread.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "anything")
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("recordings")
+    yield "s3://recordings"
+    thread.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_s3(bucket, music, store, tmp_path):
+    import s3fs
+
+    url = f"{bucket}/deep/store"
+    report = prepare(music, url, CFG, jobs=1)
+    assert report["new"] == 4 and contents(url) == contents(store)
+    assert report["bytes"] == sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    assert prepare(music, url, CFG, jobs=1)["new"] == 0
+    here, there = (BlockDataset(place, "train", random_offset=False) for place in (store, url))
+    expected = [here[i]["spec"] for i in range(len(here))]
+    assert torch.equal(there[1]["spec"], expected[1])    # so that a connection is open when the loader forks
+    read = torch.cat([batch["spec"] for batch in DataLoader(there, batch_size=3, num_workers=1)])
+    assert torch.equal(read, torch.stack(expected))
+
+    s3fs.S3FileSystem().put(str(music), f"{bucket}/music", recursive=True)
+    s3fs.S3FileSystem().put(str(zipped(music, tmp_path / "music.zip")), f"{bucket}/music.zip")
+    for source in ("music", "music.zip"):
+        prepare(f"{bucket}/{source}", tmp_path / f"of {source}", CFG, jobs=1)
+        assert contents(tmp_path / f"of {source}") == contents(store)
+    elsewhere = s3fs.S3FileSystem(skip_instance_cache=True)    # another program, which adds a recording
+    elsewhere.put(str(music / "2004/a.wav"), f"{bucket}/plain/a.wav")
+    assert len(find_recordings(f"{bucket}/plain")) == 1
+    elsewhere.put(str(music / "2004/b.wav"), f"{bucket}/plain/b.wav")
+    assert len(find_recordings(f"{bucket}/plain")) == 2
+    with pytest.raises(ValueError, match="exists and is not a spectrogram store"):
+        prepare(music, f"{bucket}/music", CFG, jobs=1)
+    with pytest.raises(FileNotFoundError, match="nothing is not a spectrogram store"):
+        open_store(f"{bucket}/nothing")
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        prepare(f"{bucket}/nothing", tmp_path / "store", CFG, jobs=1)
+    with pytest.raises(OSError, match="s3://no-such-bucket/store can't be written"):
+        prepare(music, "s3://no-such-bucket/store", CFG, jobs=1)
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder in silence; ranges of files too, as every larger server does."""
+
+    def do_GET(self) -> None:
+        path, wanted = Path(self.translate_path(self.path)), self.headers.get("Range", "")
+        if not path.is_file() or not wanted:
+            return super().do_GET()
+        first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+        data = path.read_bytes()
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{min(last + 1, len(data)) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data[first : last + 1])))
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_http(music, store, tmp_path):
+    pytest.importorskip("aiohttp", reason="aiohttp is missing: pip install -e '.[s3]'")
+    shutil.copytree(music, tmp_path / "served/music")
+    zipped(music, tmp_path / "served/music.zip")
+    handler = functools.partial(Handler, directory=str(tmp_path / "served"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for source in ("music/", "music.zip"):
+            prepare(f"{address}/{source}", tmp_path / source, CFG, jobs=1)
+            assert contents(tmp_path / source) == contents(store)
+        with pytest.raises(FileNotFoundError, match="nothing.zip does not exist"):
+            prepare(f"{address}/nothing.zip", tmp_path / "store", CFG, jobs=1)
+        server.shutdown()
+
+
+def test_dask(music, store, tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="Dask is missing: pip install -e '.[dask]'")
+    import dask
+
+    shutil.copytree(music, tmp_path / "music")
+    save_audio(tmp_path / "music/2004/e.wav", torch.zeros(8000))
+    write_index(tmp_path / "music", SPLIT | {"e": "test"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")    # where the worker is at home
+    settings = {"distributed.scheduler.allowed-failures": 0, "distributed.comm.timeouts.connect": "20s"}
+    with dask.config.set(settings), distributed.LocalCluster(n_workers=1, dashboard_address=None) as cluster:
+        monkeypatch.chdir(tmp_path)
+        address = cluster.scheduler_address
+        report = prepare("music", "store", CFG, cluster=address)
+        assert report["new"] == 4 and "silent" in report["skipped"]["2004/e.wav"]
+        assert contents(tmp_path / "store") == contents(store)
+        with pytest.raises(ChildProcessError, match="a worker process died, .* or on larger workers"):
+            list(_run(lambda recording: os.kill(os.getpid(), signal.SIGKILL), find_recordings("music"), 1, address))
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(OSError, match="127.0.0.1:9"):
+        prepare("music", "third", CFG, cluster="tcp://127.0.0.1:9")
+
+
+# Blocks
+
+def test_blocks_and_their_predecessors(store):
+    dataset = BlockDataset(store, "train", random_offset=False)
+    assert len(dataset) == BLOCKS["train"] and dataset.info == open_store(store)
+    a, b = (torch.from_numpy(zarr.open_group(store)[f"2004--{name}.wav"][:]).T / 255 for name in "ab")
+    expected = [a[:, 32 * k : 32 * k + 32] for k in range(3)] + [b[:, 32 * k : 32 * k + 32] for k in range(5)]
+    for index, spec in enumerate(expected):
+        item = dataset[index]
+        assert item["spec"].dtype == item["prev"].dtype == torch.float32
+        assert torch.equal(item["spec"], spec[None])
+        assert item["has_prev"] is (index not in (0, 3))
+        assert torch.equal(item["prev"][0], expected[index - 1] if item["has_prev"] else torch.zeros(32, 32))
+    assert [len(BlockDataset(store, split, random_offset=False)) for split in BLOCKS] == list(BLOCKS.values())
+    for index in (-1, 8):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+def test_offsets(store):
+    dataset = BlockDataset(store, "train", random_offset=True)
+    a = torch.from_numpy(zarr.open_group(store)["2004--a.wav"][:]).T / 255    # 125 frames: three blocks, and 29 more
+    for index, offset in [(0, 0), (0, 31), (1, 0), (1, 7), (2, 28), (2, 29), (2, 30), (2, 31)]:
+        item, start = dataset.block(index, offset), min(32 * index + offset, 125 - 32)
+        assert torch.equal(item["spec"][0], a[:, start : start + 32])
+        assert item["has_prev"] is (start >= 32)
+        assert torch.equal(item["prev"][0], a[:, start - 32 : start] if start >= 32 else torch.zeros(32, 32))
+
+    def drawn(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return torch.stack([dataset[index]["spec"] for index in range(len(dataset))])
+
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+    assert not torch.equal(drawn(0)[1], dataset.block(1)["spec"])
+
+
+def test_in_memory_in_workers_and_pickled(store, mine):
+    dataset = BlockDataset(store, "train", random_offset=False)
+    expected = torch.stack([dataset[index]["spec"] for index in range(len(dataset))])
+    in_memory = BlockDataset(mine, "train", random_offset=False, in_memory=True)
+    shutil.rmtree(mine)    # nothing is read any more
+    for other in (dataset, in_memory, pickle.loads(pickle.dumps(dataset)), pickle.loads(pickle.dumps(in_memory))):
+        for workers in (0, 2):
+            batches = list(DataLoader(other, batch_size=4, num_workers=workers))
+            assert torch.equal(torch.cat([batch["spec"] for batch in batches]), expected)
+            assert torch.cat([batch["has_prev"] for batch in batches]).tolist() == [i not in (0, 3) for i in range(8)]

@@ -1,0 +1,449 @@
+"""The network, its embeddings, its presets, and models on disk (chapter 4)."""
+
+import json
+import math
+import os
+from dataclasses import FrozenInstanceError, asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pianodiff.unet
+from pianodiff.unet import (
+    PRESETS,
+    Attention,
+    NoiseEmbedding,
+    ResidualBlock,
+    SpectrogramEmbedding,
+    UNet,
+    UNetConfig,
+    count,
+    load_model,
+    save_model,
+)
+
+PLAIN = UNetConfig(n_bins=32, n_frames=16, channels=(8, 12, 16), blocks=(1, 2, 1), attention=("", "t", "ft"),
+                   emb_channels=24, cond_channels=(8, 8))
+OURS = replace(PLAIN, n_bins=64, n_frames=32, patch=2, channels=(8, 64), blocks=(2, 1), attention=("f+t", "ft"),
+               adaptive=True, coordinates=True, prev_input=True)
+BOTH = pytest.mark.parametrize("config", [PLAIN, OURS], ids=["plain", "ours"])
+
+
+def awake(net: nn.Module) -> nn.Module:
+    """What starts at zero would hide the rest."""
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def network(config: UNetConfig, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return awake(UNet(config)).double().eval()
+
+
+def blocks(config: UNetConfig, batch: int = 3, seed: int = 1) -> Tensor:
+    shape = (batch, 1, config.n_bins, config.n_frames)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+C_NOISE = torch.tensor([-1.5, 0.0, 1.1], dtype=torch.float64)
+SOME = torch.tensor([True, False, True])
+
+
+# presets
+
+@pytest.mark.parametrize("name, parameters, multiplications", [("nano", 6e6, 1.2e9), ("base", 16e6, 4e9)])
+def test_presets_keep_their_budgets(name, parameters, multiplications):
+    found = count(PRESETS[name])
+    assert found[0] <= parameters and found[1] <= multiplications, found
+    assert (PRESETS[name].n_bins, PRESETS[name].n_frames, PRESETS[name].patch) == (256, 128, 4)
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_presets_of_the_paper_have_its_shape(size):
+    config = PRESETS[f"paper-{size}"]
+    assert (config.n_bins, config.n_frames, config.patch, len(config.channels)) == (size, size, 1, 5)
+    assert not (config.adaptive or config.coordinates or config.prev_input)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_forward_and_backward(name):
+    config = PRESETS[name]
+    with torch.device("meta"):  # shapes without contents
+        net, x = UNet(config), torch.empty(2, 1, config.n_bins, config.n_frames)
+        y = net(x, torch.empty(2), (x, torch.empty(2, dtype=torch.bool)))
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or p.grad.shape != p.shape] == []
+
+
+def test_nano_with_contents():
+    net, x = awake(UNet(PRESETS["nano"])), torch.randn(1, 1, 256, 128)
+    y = net(x, torch.zeros(1), x)
+    y.square().mean().backward()
+    assert y.shape == x.shape and y.isfinite().all() and y.std() > 0.01
+    assert all(p.grad.isfinite().all() for name, p in net.named_parameters() if name != "null")
+
+
+@BOTH
+def test_count_is_the_sum_over_the_layers(config):
+    net, macs = UNet(config), []
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, Attention):
+            _, c, f, t = output.shape
+            macs.append(2 * c * f * t * {"f": f, "t": t, "ft": f * t}[module.axis])
+        elif isinstance(module, nn.Conv2d):
+            macs.append(module.weight.numel() * output[0, 0].numel())
+        elif isinstance(module, nn.Linear):
+            macs.append(module.weight.numel())
+
+    for module in net.modules():
+        module.register_forward_hook(add)
+    x = blocks(config, 1).float()
+    net(x, torch.zeros(1), x)
+    assert count(config) == (sum(p.numel() for p in net.parameters()), sum(macs))
+
+
+# the forward pass
+
+@BOTH
+def test_fresh_network_answers_zero(config):
+    x = blocks(config).float()
+    assert not UNet(config)(x, C_NOISE, x).any()
+
+
+@BOTH
+def test_every_parameter_learns(config):
+    net, x = network(config), blocks(config)
+    net(x, C_NOISE, (x.flip(0), SOME)).square().sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@BOTH
+def test_float32_agrees_with_float64(config):
+    net, x = network(config), blocks(config)
+    wide = net(x, C_NOISE, x.flip(0)).detach()
+    assert wide.dtype == torch.float64 and wide.std() > 0.1
+    narrow = net.float()(x.float(), C_NOISE, x.float().flip(0)).detach()  # c_noise comes in any precision
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), wide, rtol=1e-3, atol=1e-4)
+
+
+@BOTH
+def test_channels_last_computes_the_same(config):
+    net, x = network(config).requires_grad_(False), blocks(config)
+    expected = net(x, C_NOISE, (x.flip(0), SOME))
+    net.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(net(x, C_NOISE, (x.flip(0), SOME)), expected, rtol=1e-10, atol=1e-12)
+
+
+@BOTH
+def test_blocks_of_a_batch_are_independent(config):
+    net, x, past = network(config), blocks(config), blocks(config, seed=2)
+    together = net(x, C_NOISE, (past, SOME))
+    alone = [net(x[i : i + 1], C_NOISE[i : i + 1], past[i : i + 1] if SOME[i] else None) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-10, atol=1e-12)
+
+
+@BOTH
+def test_forms_of_the_condition(config):
+    net, x, past = network(config), blocks(config), blocks(config, seed=2)
+    full, none = net(x, C_NOISE, past), net(x, C_NOISE)
+    yes, no = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    assert torch.equal(net(x, C_NOISE, (past, yes)), full) and torch.equal(net(x, C_NOISE, None), none)
+    assert torch.equal(net(x, C_NOISE, (past, no)), none)  # what is there is not looked at
+    some = net(x, C_NOISE, (past, SOME))
+    torch.testing.assert_close(some, torch.where(SOME[:, None, None, None], full, none), rtol=1e-10, atol=1e-12)
+
+
+@BOTH
+def test_what_it_is_told_matters(config):
+    net, x, past = network(config), blocks(config), blocks(config, seed=2)
+    answer = net(x, C_NOISE, past)
+    for other in ((x, C_NOISE + 0.1, past), (x, C_NOISE, past.flip(3)), (x, C_NOISE, None), (x.flip(2), C_NOISE, past)):
+        assert (net(*other) - answer).abs().amax((1, 2, 3)).min() > 1e-3
+    assert (net(x, C_NOISE, 0 * past) - net(x, C_NOISE)).abs().max() > 1e-3  # a silent block is not the same as none
+
+
+def test_the_block_before_enters_reversed_in_time():
+    net, x, past, seen = network(OURS), blocks(OURS), blocks(OURS, seed=2), []
+    net.stem.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    net(x, C_NOISE, (past, SOME))
+    new, before, mask = seen[0].split((4, 4, 1), dim=1)
+    there = SOME[:, None, None, None]
+    assert torch.equal(F.pixel_shuffle(new, 2), x)
+    assert torch.equal(F.pixel_shuffle(before, 2), torch.where(there, past.flip(3), 0))
+    assert torch.equal(mask, there.double().expand_as(mask))
+
+
+@pytest.mark.parametrize("x, past", [
+    ((3, 1, 32, 8), None), ((3, 2, 32, 16), None), ((3, 1, 16, 32), None), ((3, 32, 16), None),
+    ((3, 1, 32, 16), (3, 1, 32, 8)), ((3, 1, 32, 16), (1, 1, 32, 16)),
+])
+def test_other_shapes_are_refused_in_one_line(x, past):
+    with pytest.raises(ValueError, match=r"takes blocks \[B, 1, 32, 16\], not \[3, ") as caught:
+        UNet(PLAIN)(torch.zeros(x), torch.zeros(3), past and torch.zeros(past))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_seed_makes_the_same_network():
+    first, again, other = (network(OURS, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["stem.weight"], other["stem.weight"])
+
+
+# its parts
+
+def test_noise_levels_are_told_apart():
+    sigma = torch.logspace(math.log10(0.002), math.log10(80), 200)
+    e = NoiseEmbedding(32)(sigma.log() / 4)
+    assert e.shape == (200, 32) and torch.equal(e, NoiseEmbedding(32)(sigma.log() / 4))
+    torch.testing.assert_close(e.square().sum(1), torch.full((200,), 16.0))
+    apart = torch.cdist(e, e) + 9 * torch.eye(200)
+    assert apart.min() > 0.3
+    assert torch.cdist(e[:1], e)[0, 100:].min() > 3  # and those far apart by more
+
+
+def test_residual_block_is_equation_residual():
+    torch.manual_seed(0)
+    x, emb, block = torch.randn(2, 8, 4, 4), torch.randn(2, 6), awake(ResidualBlock(8, 12, 6, adaptive=False))
+    h = F.conv2d(F.silu(F.group_norm(x, 2, block.norm0.weight, block.norm0.bias, 1e-6)), block.conv0.weight,
+                 block.conv0.bias, padding=1)
+    h = h + (emb @ block.affine.weight.T + block.affine.bias)[:, :, None, None]
+    h = F.silu(F.group_norm(h, 3, block.norm1.weight, block.norm1.bias, 1e-6))
+    torch.testing.assert_close(block(x, emb), (block.skip(x) + block.conv1(h)) / math.sqrt(2))
+
+
+def test_adaptive_block_scales_and_shifts():
+    torch.manual_seed(0)
+    x, emb, block = torch.randn(2, 8, 4, 4), torch.randn(2, 6), awake(ResidualBlock(8, 8, 6, adaptive=True))
+    scale, shift = block.affine(emb)[:, :8], block.affine(emb)[:, 8:]
+    h = block.norm1(block.conv0(F.silu(block.norm0(x))))
+    h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    torch.testing.assert_close(block(x, emb), (x + block.conv1(F.silu(h))) / math.sqrt(2))
+
+
+@pytest.mark.parametrize("axis", ["f", "t", "ft"])
+def test_attention_is_equation_attention(axis):
+    torch.manual_seed(0)
+    attention, x = awake(Attention(64, axis)).double(), torch.randn(2, 64, 6, 5, dtype=torch.float64)
+    q, k, v = attention.qkv(attention.norm(x)).reshape(2, 3, 2, 32, 6, 5).unbind(1)
+    scores = torch.einsum("bhcft,bhcgs->bhftgs", q, k) / math.sqrt(32)
+    rows, columns = (torch.eye(n, dtype=torch.bool) for n in (6, 5))
+    if axis == "f":  # of one instant
+        scores = scores.masked_fill(~columns[None, :, None, :], -math.inf)
+    elif axis == "t":
+        scores = scores.masked_fill(~rows[:, None, :, None], -math.inf)
+    weights = scores.flatten(4).softmax(-1).unflatten(4, (6, 5))
+    mixed = torch.einsum("bhftgs,bhcgs->bhcft", weights, v).reshape(x.shape)
+    torch.testing.assert_close(attention(x), (x + attention.out(mixed)) / math.sqrt(2))
+
+
+def test_spectrogram_embedding_hears_all_of_it():
+    torch.manual_seed(0)
+    past = blocks(OURS, 2).requires_grad_()
+    vector = SpectrogramEmbedding(OURS).double()(past)
+    assert vector.shape == (2, OURS.emb_channels)
+    vector[0].square().sum().backward()
+    assert past.grad[0].all() and not past.grad[1].any()
+
+
+# configurations
+
+@pytest.mark.parametrize("change, message", [
+    ({"channels": (8, 12)}, "one entry for each resolution"), ({"attention": ("", "")}, "one entry"),
+    ({"channels": (), "blocks": (), "attention": ()}, "one entry"),
+    ({"channels": (8, 12, 6)}, "6 channels don't split"), ({"channels": (8, 12, 112)}, "112 channels"),
+    ({"channels": (8, 12, 100)}, "100 channels"), ({"cond_channels": (8, 9)}, "9 channels"),
+    ({"channels": (8, 12, 0)}, "size of 0"), ({"channels": (8, 12, 16.0)}, "size of 16.0"),
+    ({"blocks": (1, 0, 1)}, "size of 0"), ({"patch": 0}, "size of 0"), ({"patch": -1}, "size of -1"),
+    ({"emb_channels": 0}, "size of 0"), ({"n_bins": 0}, "size of 0"), ({"n_frames": True}, "size of True"),
+    ({"n_frames": math.nan}, "size of nan"),
+    ({"attention": ("", "x", "")}, "along 'x'"), ({"attention": ("", "tf", "")}, "along 'tf'"),
+    ({"n_bins": 30}, "30 x 16 .* multiples of 4,"), ({"n_frames": 18}, "32 x 18"), ({"patch": 3}, "multiples of 12,"),
+    ({"cond_channels": (8,) * 5}, "multiples of 32,"),
+])
+def test_odd_configurations_are_refused_in_one_line(change, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        replace(PLAIN, **change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [PLAIN, OURS, *PRESETS.values()])
+def test_configurations_survive_json(config):
+    again = UNetConfig(**json.loads(json.dumps(asdict(config))))
+    assert again == config and hash(again) == hash(config)
+    with pytest.raises(FrozenInstanceError):
+        config.patch = 2
+
+
+def test_80_channels_are_allowed():
+    config = replace(PLAIN, channels=(8, 12, 80))
+    assert UNet(config)(blocks(config).float(), C_NOISE).shape == (3, 1, 32, 16)
+
+
+def test_names_of_the_weights_are_stable():
+    names = set(UNet(OURS).state_dict())
+    assert names >= {
+        "null", "noise.1.weight", "noise.3.bias", "embedding.convs.0.weight", "embedding.norms.1.bias",
+        "embedding.linear.weight", "stem.weight", "places.0.row", "places.1.column", "down.0.0.block.norm0.weight",
+        "down.0.1.block.conv1.bias", "down.0.0.attention.0.qkv.weight", "down.0.0.attention.1.out.bias",
+        "down.1.0.block.skip.weight", "down.1.0.block.affine.weight", "middle.block.conv0.weight",
+        "middle.attention.0.norm.bias", "up.1.0.block.norm1.weight", "up.0.1.block.skip.bias", "narrow.1.weight",
+        "out_norm.weight", "out.bias",
+    }
+    assert len(names) == 171 and not any("frequencies" in name for name in names)
+    assert UNet(OURS).state_dict()["down.1.0.block.affine.weight"].shape == (128, 24)
+
+
+# models on disk
+
+CONFIG = {"format": 1, "name": "tiny", "unet": asdict(OURS), "mean": 0.4, "training": {"images": 7}}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save_model(tmp_path / "tiny", network(OURS).float(), CONFIG)
+    return tmp_path / "tiny"
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@BOTH
+def test_a_model_comes_back(config, tmp_path):
+    net = network(config).float().to(memory_format=torch.channels_last)
+    save_model(str(tmp_path / "deep" / "er" / "tiny"), net, {"unet": asdict(config), "mean": 0.4})
+    loaded, facts = load_model(tmp_path / "deep/er/tiny")
+    assert facts == json.loads(json.dumps({"unet": asdict(config), "mean": 0.4})) and loaded.config == config
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert {t.dtype for t in loaded.state_dict().values()} == {torch.float32}
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=2**-11, atol=2**-25)  # half precision
+    x = blocks(config).float()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x, C_NOISE, x), net(x, C_NOISE, x), rtol=0.02, atol=0.01)
+    parameters = sum(p.numel() for p in net.parameters())
+    assert 2 * parameters < (tmp_path / "deep/er/tiny/model.safetensors").stat().st_size < 2 * parameters + 20_000
+    assert listing(tmp_path / "deep/er/tiny") == ["config.json", "model.safetensors"]
+    assert listing(tmp_path / "deep/er") == ["tiny"]
+
+
+def test_a_loaded_model_is_saved_without_loss(model):
+    net, config = load_model(model)
+    save_model(model, net, config)
+    again, same = load_model(model)
+    assert same == config and listing(model.parent) == ["tiny"]
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("failure", [OSError("no"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_interrupted_write_leaves_the_old_model(model, monkeypatch, call, failure):
+    before, calls, real = {path.name: path.read_bytes() for path in model.iterdir()}, [], os.replace
+
+    def stop(*names: object) -> None:
+        calls.append(names)
+        if len(calls) == call:
+            raise failure
+        real(*names)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(type(failure)):
+        save_model(model, network(OURS, seed=5), CONFIG)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert listing(model.parent) == ["tiny"]
+
+
+def test_a_full_disk_leaves_the_old_model_and_no_more(model, tmp_path, monkeypatch):
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pianodiff.unet, "save_file", full)
+    for folder in (model, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space"):
+            save_model(folder, network(OURS, seed=5), CONFIG)
+    assert listing(tmp_path) == ["tiny"]
+    load_model(model)
+
+
+def test_what_a_kill_left_does_not_stand_in_the_way(model):
+    (model.parent / ".tiny.part").mkdir()
+    (model.parent / ".tiny.part" / "model.safetensors").write_bytes(b"half")
+    model.rename(model.parent / ".tiny.old")  # killed between the two renames
+    save_model(model, network(OURS, seed=5), CONFIG)
+    assert listing(model.parent) == ["tiny"]
+    model.rename(model.parent / ".tiny.old")
+    save_model(model, network(OURS, seed=5), CONFIG)
+    (model.parent / ".tiny.old").mkdir()
+    (model.parent / ".tiny.old" / "config.json").write_text("{}")
+    save_model(model, network(OURS), CONFIG)
+    assert listing(model.parent) == ["tiny"]
+    assert torch.equal(load_model(model)[0].stem.weight, network(OURS).float().stem.weight.half().float())
+
+
+def test_no_other_folder_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "music").mkdir()
+    (tmp_path / "music" / "waltz.wav").write_bytes(b"RIFF")
+    (tmp_path / "notes").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "music", tmp_path / "notes", "music", "."):
+        with pytest.raises(ValueError, match="is more than a model; give another folder"):
+            save_model(folder, network(OURS), CONFIG)
+    assert listing(tmp_path) == ["music", "notes"] and listing(tmp_path / "music") == ["waltz.wav"]
+    (tmp_path / "empty").mkdir()
+    save_model("empty", network(OURS), CONFIG)
+    load_model("empty")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_missing_files(model, missing):
+    (model / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"tiny holds no model: {missing} is missing; give") as caught:
+        load_model(model)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="nowhere holds no model: config.json is missing"):
+        load_model(model.parent / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights(model, keep):
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged .*; copy the model again") as caught:
+        load_model(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_is_not_read(model):
+    torch.save({"weights": torch.zeros(3)}, model / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_model(model)
+
+
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", "{}", '"words"', "\x00", '{"unet": {"unknown": 1}}', '{"unet": {"patch": 0}}', '{"unet": null}',
+    '{"unet": {"channels": 5}}', '{"unet": {"attention": [1, 2, 3, 4, 5]}}', '{"unet": {"blocks": ["a", 1, 1, 1, 1]}}',
+])
+def test_broken_configurations(model, content):
+    (model / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is not a model's .*; copy the model again") as caught:
+        load_model(model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"emb_channels": 32}, {"channels": (16, 64)}, {"prev_input": False},
+                                    {"coordinates": False}, {"blocks": (1, 1)}, {"attention": ("f", "ft")}])
+def test_weights_of_another_shape(model, change):
+    (model / "config.json").write_text(json.dumps({**CONFIG, "unet": asdict(replace(OURS, **change))}))
+    with pytest.raises(ValueError, match=r"tensors does not fit its config\.json; copy both again") as caught:
+        load_model(model)
+    assert "\n" not in str(caught.value)

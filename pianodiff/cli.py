@@ -186,7 +186,8 @@ def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Sto
         print(f"skipped {path}: {reason}", file=sys.stderr)
     hours = ", ".join(f"{split} {h:.3g} h" for split, h in report["hours"].items())
     print(f"{store}: {report['recordings']} recordings ({hours}), {report['new']} of them new, "
-          f"in {(time.perf_counter() - begin) / 60:.1f} minutes; skipped: {len(report['skipped'])}")
+          f"{report['bytes'] / 1e6:,.1f} MB, in {(time.perf_counter() - begin) / 60:.1f} minutes; "
+          f"skipped: {len(report['skipped'])}")
 
 # %% ../nbs/10_cli.ipynb #b5c1df68
 def _train_config() -> Any:

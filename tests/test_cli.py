@@ -199,7 +199,8 @@ def test_prepare(monkeypatch, capsys):
 
     def prepare(source, store, cfg, **how):
         asked.update(source=source, store=store, cfg=cfg, **how)
-        return {"hours": {"train": 1.5}, "recordings": 3, "new": 2, "skipped": {"odd.wav": "it is silent"}}
+        return {"hours": {"train": 1.5}, "recordings": 3, "new": 2, "bytes": 1_300_000,
+                "skipped": {"odd.wav": "it is silent"}}
 
     monkeypatch.setattr("pianodiff.data.prepare", prepare)
     assert main("prepare music.zip s3://bucket/store --preset paper-128 --splits train test --jobs 2".split()) == 0
@@ -207,7 +208,7 @@ def test_prepare(monkeypatch, capsys):
     assert asked["splits"] == ("train", "test") and asked["jobs"] == 2
     assert asked["cluster"] is None and asked["soundfont"] is None
     out, err = capsys.readouterr()
-    assert err == "skipped odd.wav: it is silent\n" and "3 recordings (train 1.5 h), 2 of them new" in out
+    assert err == "skipped odd.wav: it is silent\n" and "3 recordings (train 1.5 h), 2 of them new, 1.3 MB" in out
     assert "no preset 'grand'" in refused(capsys, main("prepare music.zip store --preset grand".split()))
 
 

@@ -341,7 +341,7 @@ def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") ->
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{about} is not a model's configuration ({reason}); copy the model again") from error
     try:
-        net.load_state_dict({name: t.float() for name, t in load_file(weights).items()})
+        net.load_state_dict(load_file(weights))  # into float32
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{weights} is damaged ({error}); copy the model again") from error
     except RuntimeError as error:

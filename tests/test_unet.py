@@ -260,6 +260,7 @@ def test_spectrogram_embedding_hears_all_of_it():
     ({"channels": (8, 12)}, "one entry for each resolution"), ({"attention": ("", "")}, "one entry"),
     ({"channels": (), "blocks": (), "attention": ()}, "one entry"),
     ({"channels": (8, 12, 6)}, "6 channels don't split"), ({"channels": (8, 12, 112)}, "112 channels"),
+    ({"channels": (8, 12, 68)}, "68 channels"),
     ({"channels": (8, 12, 100)}, "100 channels"), ({"cond_channels": (8, 9)}, "9 channels"),
     ({"channels": (8, 12, 0)}, "size of 0"), ({"channels": (8, 12, 16.0)}, "size of 16.0"),
     ({"blocks": (1, 0, 1)}, "size of 0"), ({"patch": 0}, "size of 0"), ({"patch": -1}, "size of -1"),

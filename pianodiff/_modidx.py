@@ -51,6 +51,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'pianodiff.data._attributes': ('data.html#_attributes', 'pianodiff/data.py'),
                                 'pianodiff.data._bar_notes': ('data.html#_bar_notes', 'pianodiff/data.py'),
                                 'pianodiff.data._claim_store': ('data.html#_claim_store', 'pianodiff/data.py'),
+                                'pianodiff.data._codes': ('data.html#_codes', 'pianodiff/data.py'),
                                 'pianodiff.data._end_with_parent': ('data.html#_end_with_parent', 'pianodiff/data.py'),
                                 'pianodiff.data._index_rows': ('data.html#_index_rows', 'pianodiff/data.py'),
                                 'pianodiff.data._indexed': ('data.html#_indexed', 'pianodiff/data.py'),

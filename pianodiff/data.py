@@ -367,6 +367,16 @@ def _writing(store: str) -> Iterator[None]:
                       "what is finished is kept: make room, or give another place, and run again") from error
 
 
+def _codes(wave: Tensor, cfg: SpectrogramConfig) -> np.ndarray:
+    """The spectrogram of `wave` `[T]` in 256 steps, uint8 `[frames, n_bins]`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the other cores have recordings of their own, and no step may depend on their number
+    try:
+        return (to_spectrogram(wave, cfg) * 255).round().byte().T.contiguous().numpy()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _prepare_one(
     recording: Recording, source: str, store: str, cfg: SpectrogramConfig, soundfont: str | None
 ) -> dict[str, Any]:
@@ -379,7 +389,7 @@ def _prepare_one(
         if len(wave) < cfg.block_samples:
             seconds = len(wave) / cfg.sample_rate
             raise ValueError(f"it lasts {seconds:.2f} s, less than a block ({cfg.block_seconds:.2f} s)")
-        codes = (to_spectrogram(normalize_peak(wave)[0], cfg) * 255).round().byte().T.contiguous().numpy()
+        codes = _codes(normalize_peak(wave)[0], cfg)
     except (ValueError, FileNotFoundError) as error:
         return {"error": str(error)}
     about = {"id": recording.id, "split": recording.split, "title": recording.title, "frames": len(codes),
@@ -393,7 +403,6 @@ def _prepare_one(
 # %% ../nbs/03_data.ipynb #d90382d9
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)  # the other cores have recordings of their own
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from .data import BlockDataset, Store
 from .edm import Denoiser, denoising_loss, edm_loss
-from .unet import PRESETS, UNet, UNetConfig, load_model, save_model
+from .unet import MODEL_FORMAT, PRESETS, UNet, UNetConfig, load_model, save_model
 
 # %% ../nbs/06_train.ipynb #c12463f3
 @dataclass(frozen=True)
@@ -430,7 +430,7 @@ class _Trainer:
                         "validation": self.validation, "ancestor": self.ancestor, "torch": torch.__version__,
                         "settings": {k: v for k, v in _plain(config).items() if k != "unet"}}
             save_model(self.run / "model", self.ema.net, {
-                "format": 1, "name": "custom" if config.unet else config.preset, "preset": config.preset,
+                "format": MODEL_FORMAT, "name": "custom" if config.unet else config.preset, "preset": config.preset,
                 "spectrogram": asdict(self.cfg), "unet": _plain(config.network), "mean": self.mean, "std": self.std,
                 "sigma_data": self.denoiser.sigma_data, "training": training})
             tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}

@@ -321,9 +321,9 @@ def listing(folder: Path) -> list[str]:
 @BOTH
 def test_a_model_comes_back(config, tmp_path):
     net = network(config).float().to(memory_format=torch.channels_last)
-    save_model(str(tmp_path / "deep" / "er" / "tiny"), net, {"unet": asdict(config), "mean": 0.4})
+    save_model(str(tmp_path / "deep" / "er" / "tiny"), net, CONFIG | {"unet": asdict(config)})
     loaded, facts = load_model(tmp_path / "deep/er/tiny")
-    assert facts == json.loads(json.dumps({"unet": asdict(config), "mean": 0.4})) and loaded.config == config
+    assert facts == json.loads(json.dumps(CONFIG | {"unet": asdict(config)})) and loaded.config == config
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert {t.dtype for t in loaded.state_dict().values()} == {torch.float32}
     for name, tensor in net.state_dict().items():
@@ -431,14 +431,21 @@ def test_a_pickle_is_not_read(model):
 
 
 @pytest.mark.parametrize("content", [
-    "", "{", "[]", "{}", '"words"', "\x00", '{"unet": {"unknown": 1}}', '{"unet": {"patch": 0}}', '{"unet": null}',
-    '{"unet": {"channels": 5}}', '{"unet": {"attention": [1, 2, 3, 4, 5]}}', '{"unet": {"blocks": ["a", 1, 1, 1, 1]}}',
+    "", "{", "[]", "{}", '"words"', "\x00", *(f'{{"format": 1, "unet": {unet}}}' for unet in (
+        '{"unknown": 1}', '{"patch": 0}', "null", '{"channels": 5}', '{"attention": [1, 2, 3, 4, 5]}',
+        '{"blocks": ["a", 1, 1, 1, 1]}')),
 ])
 def test_broken_configurations(model, content):
     (model / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is not a model's .*; copy the model again") as caught:
         load_model(model)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_format(model):
+    (model / "config.json").write_text(json.dumps(CONFIG | {"format": 2}))
+    with pytest.raises(ValueError, match=r"config\.json .*format 2, where 1 is read.*; .*update pianodiff$"):
+        load_model(model)
 
 
 @pytest.mark.parametrize("change", [{"emb_channels": 32}, {"channels": (16, 64)}, {"prev_input": False},

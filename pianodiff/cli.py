@@ -5,7 +5,6 @@ __all__ = ['Sampling', 'generate', 'continue_', 'prepare', 'train', 'snapshot', 
 
 # %% ../nbs/10_cli.ipynb #3ec753f5
 import io
-import os
 import sys
 import tempfile
 import time
@@ -68,16 +67,6 @@ def _draw(wave: "Tensor", cfg: "SpectrogramConfig", title: str) -> bytes:
     figure.savefig(data, format="png")
     return data.getvalue()
 
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
 # %% ../nbs/10_cli.ipynb #14c6dfae
 @dataclass(frozen=True)
 class Sampling:
@@ -107,16 +96,16 @@ _Flat = Annotated[Sampling, tyro.conf.arg(name="")]  # its fields become flags w
 
 def _sample(how: Sampling, out: Path, prompt: Path | None) -> None:
     """Make music, from nothing or on from a file, and write it."""
-    _check_output(out, (".wav", ".flac", ".ogg", ".mp3"))
-    if how.image:
-        _check_output(how.image, (".png",))
     import secrets
 
     import torch
 
-    from pianodiff.audio import load_audio, save_audio
+    from pianodiff.audio import AUDIO_FORMATS, load_audio, save_audio, write_whole
     from pianodiff.generate import Piano
 
+    _check_output(out, tuple(AUDIO_FORMATS))
+    if how.image:
+        _check_output(how.image, (".png",))
     seed = secrets.randbelow(2**31) if how.seed is None else how.seed
     piano = Piano.from_pretrained(how.model)
     rate = piano.cfg.sample_rate
@@ -131,7 +120,7 @@ def _sample(how: Sampling, out: Path, prompt: Path | None) -> None:
     picture = how.image and _draw(wave, piano.cfg, f"{how.model}, seed {seed}")
     save_audio(out, wave, rate)
     if how.image and picture:
-        _write_whole(how.image, picture)
+        write_whole(how.image, picture)
     length = len(new) / rate
     print(f"{out}{f' and {how.image}' if how.image else ''}: {length:g} s of new music, seed {seed}, "
           f"made in {took:.1f} s ({took / length:.2f} s a second)")
@@ -141,7 +130,7 @@ def generate(how: _Flat, *, out: Path = Path("piano.wav")) -> None:
     """Make piano music from a seed.
 
     Args:
-        out: the sound file to write: .wav, .flac, .ogg or .mp3
+        out: the sound file to write: .wav, .flac, .ogg, .mp3 or .aiff
     """
     _sample(how, out, None)
 
@@ -152,7 +141,7 @@ def continue_(prompt: Annotated[Path, tyro.conf.arg(metavar="SOUND")], /, how: _
 
     Args:
         prompt: the recording, in any format and at any rate; its last two seconds are what the model hears
-        out: the sound file to write, mono at 8 kHz: .wav, .flac, .ogg or .mp3
+        out: the sound file to write, mono at 8 kHz: .wav, .flac, .ogg, .mp3 or .aiff
     """
     _sample(how, out, prompt)
 
@@ -216,7 +205,7 @@ def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
 
 def snapshot(model: Path, images: int) -> None:
     """Write eight seconds of a run's model beside it, as `samples/<images>.wav` and `.png`."""
-    from pianodiff.audio import save_audio
+    from pianodiff.audio import save_audio, write_whole
     from pianodiff.generate import Piano
 
     piano = Piano.from_pretrained(model)
@@ -225,7 +214,7 @@ def snapshot(model: Path, images: int) -> None:
     folder = model.parent / "samples"
     folder.mkdir(exist_ok=True)
     save_audio(folder / f"{images}.wav", wave, piano.cfg.sample_rate)
-    _write_whole(folder / f"{images}.png", _draw(wave, piano.cfg, f"after {images:,} blocks"))
+    write_whole(folder / f"{images}.png", _draw(wave, piano.cfg, f"after {images:,} blocks"))
 
 # %% ../nbs/10_cli.ipynb #e254f31f
 def _rows(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

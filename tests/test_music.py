@@ -1,0 +1,435 @@
+"""Notes, statistics, joins and drift on sounds whose answers are known (chapter 9b)."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import t as student
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+
+from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_spectrogram, to_wave
+from pianodiff.data import example_performance
+from pianodiff.music import (
+    STATISTICS,
+    drift,
+    excess,
+    find_onsets,
+    inside_positions,
+    join,
+    join_measures,
+    join_positions,
+    measure,
+    note_salience,
+    note_templates,
+    pitch_classes,
+    retrieval_residue,
+    sounding_notes,
+    statistic_distance,
+    trend,
+)
+
+CFG = SpectrogramConfig()
+BLOCK = CFG.block_samples
+BLOCKS = 9
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tone(pitch: float, seconds: float = 0.5, decay: float = 4.0) -> Tensor:
+    """A struck string: stretched partials that fall as 1/n, damped within the last 60 ms."""
+    t, f0 = torch.arange(round(seconds * 8000)) / 8000, 440 * 2 ** ((pitch - 69) / 12)
+    B = math.exp(0.0926 * pitch - 13.64) + math.exp(-0.0847 * pitch - 5.82)
+    f = [n * f0 * math.sqrt(1 + B * n**2) for n in range(1, 31)]
+    wave = sum(torch.sin(2 * torch.pi * g * t) / n for n, g in enumerate(f, 1) if g < 3900)
+    return 0.1 * wave * (-decay * t).exp() * (t * 200).clamp(max=1) * ((seconds - t) / 0.06).clamp(max=1) ** 2
+
+
+def melody(pitches, seconds: float = 0.5) -> Tensor:
+    return torch.cat([tone(pitch, seconds) for pitch in pitches])
+
+
+@pytest.fixture(scope="module")
+def pieces() -> list[Tensor]:
+    return [example_performance(BLOCKS * CFG.block_seconds, seed) for seed in range(8)]
+
+
+@pytest.fixture(scope="module")
+def blocks(pieces) -> list[tuple[Tensor, ...]]:
+    return [to_spectrogram(wave, CFG).split(CFG.n_frames, 1) for wave in pieces]
+
+
+def sound(specs, n_iter: int = 12) -> Tensor:
+    return join(specs, CFG, n_iter=n_iter, generator=seeded())
+
+
+@pytest.fixture(scope="module")
+def neighbours(blocks) -> list[Tensor]:
+    return [sound(piece) for piece in blocks]
+
+
+def seams(waves) -> dict:
+    """The excess of each measure at the joins over the insides of several waves."""
+    sides = [[join_measures(w, where(len(w), CFG), CFG) for w in waves] for where in (join_positions, inside_positions)]
+    joins, inside = ({name: torch.cat([m[name] for m in side]) for name in side[0]} for side in sides)
+    return {name: excess(joins[name], inside[name]) for name in joins}
+
+
+# notes
+
+
+@pytest.mark.parametrize("preset", SPECTROGRAMS)
+@pytest.mark.parametrize("pitch", [48, 57, 64, 69, 81, 93])
+def test_a_single_note_is_the_most_salient(preset, pitch):
+    """Its octave, twelfth and sub-octave share partials with it, and stay 10 dB below."""
+    cfg = SPECTROGRAMS[preset]
+    salience = note_salience(to_spectrogram(tone(pitch, 1.0, decay=1.0), cfg), cfg)
+    frame = salience[:, salience.shape[1] // 2]
+    assert abs(int(frame.argmax()) + 21 - pitch) <= (preset == "paper-128")  # its rows are 31 Hz wide
+    if preset != "paper-128":
+        ghosts = [frame[pitch + shift - 21] for shift in (-24, -19, -12, 12, 19, 24) if 21 <= pitch + shift <= 108]
+        assert max(ghosts) < frame.max() / 3
+
+
+def test_salience_is_an_amplitude():
+    for gain in (1.0, 0.1):
+        salience = note_salience(to_spectrogram(gain * tone(69, 1.0, decay=0), CFG), CFG)[:, 20:40]
+        assert float(salience[69 - 21].mean()) == pytest.approx(0.1 * gain, rel=0.2)
+
+
+def test_competition_sharpens_harmonic_summation():
+    spec = to_spectrogram(torch.stack([tone(p, 1.0, 1.0) for p in (60, 64, 67)]).sum(0), CFG)
+    ghosts = []
+    for n_iter in (0, 20):
+        frame = note_salience(spec, CFG, n_iter=n_iter)[:, 30]
+        ghosts.append(float(frame[[72 - 21, 79 - 21, 84 - 21]].max() / frame[[60 - 21, 64 - 21, 67 - 21]].min()))
+    assert ghosts[0] > 0.6 and ghosts[1] < 0.25
+
+
+def test_updates_never_raise_the_divergence():
+    """Lee and Seung's rule is monotone."""
+    spec = to_spectrogram(example_performance(2, 1), CFG)
+    v = (10 ** ((spec - 1) * 4) - 1e-4).clamp(min=0).sqrt().double()
+    w, losses = note_templates(CFG).sqrt().double(), []
+    for n_iter in (1, 2, 4, 8, 16, 32):
+        model = (w @ note_salience(spec.double(), CFG, n_iter=n_iter).sqrt()).clamp(min=1e-9)
+        losses.append(float((v * (v.clamp(min=1e-9) / model).log() - v + model).sum()))
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_salience_keeps_leading_dimensions():
+    specs = torch.rand(2, 3, CFG.n_bins, 7, generator=seeded())
+    salience = note_salience(specs, CFG)
+    assert salience.shape == (2, 3, 88, 7) and salience.dtype == torch.float32 and not salience[..., 87, :].any()
+    torch.testing.assert_close(salience[1, 2], note_salience(specs[1, 2], CFG))
+    assert not sounding_notes(torch.zeros(CFG.n_bins, 9), CFG).any()
+
+
+def test_chord_is_heard():
+    sounding = sounding_notes(to_spectrogram(sum(tone(p, 1.0, 1.0) for p in (60, 64, 67)), CFG), CFG)
+    assert (sounding[:, 10:50].float().mean(1) > 0.9).nonzero()[:, 0].tolist() == [60 - 21, 64 - 21, 67 - 21]
+
+
+@pytest.mark.parametrize("preset", SPECTROGRAMS)
+def test_onsets_are_found_to_the_frame(preset):
+    cfg = SPECTROGRAMS[preset]
+    wave = torch.cat([torch.zeros(800), melody([60, 64, 67, 72, 71, 60], 0.3), torch.zeros(4000)])
+    truth = 0.1 + 0.3 * torch.arange(6)
+    for gain in (1.0, 0.1):  # soft notes count too
+        found = find_onsets(to_spectrogram(gain * wave + 1e-4 * torch.randn(len(wave), generator=seeded()), cfg), cfg)
+        assert len(found) == 6 and (found - truth).abs().max() < 0.03
+
+
+def test_noise_and_silence_have_no_onsets_to_speak_of():
+    noise = 0.1 * torch.randn(80_000, generator=seeded())
+    assert len(find_onsets(to_spectrogram(noise, CFG), CFG)) < 10
+    assert not len(find_onsets(torch.zeros(CFG.n_bins, 100), CFG))
+    assert not len(find_onsets(torch.full((CFG.n_bins, 100), 0.5), CFG))
+
+
+# statistics
+
+
+def test_statistics_of_known_sounds():
+    scale = melody([60, 62, 64, 65, 67, 69, 71, 72])
+    thirds = scale + melody([64, 65, 67, 69, 71, 72, 74, 76])
+    values = measure(torch.stack([scale, scale / 10, thirds, torch.zeros(32_000)]), CFG)
+    assert list(values) == list(STATISTICS) and all(v.shape == (4,) for v in values.values())
+    get = {name: v.tolist() for name, v in values.items()}
+    assert get["notes_per_second"][:2] == pytest.approx([1.75, 1.75])  # the first is the edge of the clip
+    assert get["inter_onset"][:3] == pytest.approx([0.5] * 3, abs=0.02)
+    assert get["polyphony"][0] == pytest.approx(1, abs=0.3) and get["polyphony"][2] == pytest.approx(2, abs=0.4)
+    assert get["register"][0] in (65, 66, 67) and get["register"][2] > get["register"][0]
+    assert get["level"][0] - get["level"][1] == pytest.approx(20, abs=1e-3)
+    assert get["level"][0] == pytest.approx(10 * math.log10(scale.square().mean()), abs=1e-4)
+    assert min(get["key_clarity"][::2]) > 0.75
+    assert get["silence"][3] == 1 and get["level"][3] == -80 and get["notes_per_second"][3] == 0
+    assert all(math.isnan(get[n][3]) for n in ("inter_onset", "polyphony", "register", "key_clarity", "flatness"))
+
+
+@pytest.mark.parametrize("pitch", [55, 70])
+def test_register_is_a_midi_number(pitch):
+    assert measure(melody([pitch] * 4 + [pitch + 12])[None], CFG)["register"] == pitch
+
+
+def test_levels_of_a_sine_that_stops():
+    """A full-scale sine lies at -3 dBFS, in the frames too; after it, silence."""
+    wave = torch.sin(2 * torch.pi * 500 * torch.arange(2 * BLOCK) / 8000)
+    wave[BLOCK:] *= 0.01
+    values = measure(wave[None], CFG)
+    assert float(values["dynamic_range"]) == pytest.approx(40, abs=0.5) and float(values["silence"]) == 0
+    wave[BLOCK:] *= 0.1
+    assert float(measure(wave[None], CFG)["silence"]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_flatness_orders_tone_music_and_noise():
+    waves = torch.stack([melody([60] * 5), example_performance(2.5, 0), 0.1 * torch.randn(20_000, generator=seeded())])
+    flatness = measure(waves, CFG)["flatness"]
+    assert flatness[2] == pytest.approx(-2.5, abs=0.3) and flatness[:2].max() < -15  # -2.5 dB: Euler's gamma
+
+
+def test_statistics_do_not_depend_on_the_batch():
+    waves = 0.1 * torch.randn(18, BLOCK, generator=seeded())
+    waves[::3] = example_performance(BLOCK / 8000, 3)
+    together = measure(waves, CFG)
+    alone = [measure(wave[None], CFG) for wave in waves[14:]]
+    for name, values in together.items():
+        torch.testing.assert_close(values[14:], torch.cat([a[name] for a in alone]), equal_nan=True,
+                                   msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("shift", [0, 5, 10])
+def test_pitch_classes_and_key_follow_transposition(shift):
+    wave = melody([p + shift for p in (60, 64, 67, 72, 60, 62, 67, 64)])[None]
+    profile = pitch_classes(wave, CFG)
+    assert float(profile.sum()) == pytest.approx(1) and profile.shape == (12,)
+    assert set(profile.topk(3).indices.tolist()) == {shift % 12, (shift + 4) % 12, (shift + 7) % 12}
+    assert measure(wave, CFG)["key_clarity"] > 0.8
+
+
+def test_wasserstein_is_scipys():
+    for seed, (n, m) in enumerate(((50, 50), (7, 300), (1, 2))):
+        x, y = (torch.randn(k, generator=seeded(seed + k)).round(decimals=1).double() for k in (n, m))  # with ties
+        assert statistic_distance(x, y) == pytest.approx(wasserstein_distance(x, y) / float(y.std()), abs=1e-12)
+    y = torch.arange(10.0)
+    assert statistic_distance(y + 3 * y.std(), y) == pytest.approx(3)
+    assert statistic_distance(torch.cat([y, torch.tensor([torch.nan])]), y) == 0
+    assert math.isnan(statistic_distance(torch.tensor([torch.nan]), y))
+    assert statistic_distance(torch.ones(3), torch.ones(4)) == 0 and statistic_distance(y, torch.ones(4)) == math.inf
+
+
+def test_white_noise_is_the_worst(pieces):
+    def cut(waves):
+        return torch.cat([wave.reshape(-1, BLOCK) for wave in waves])
+
+    reference, level = measure(cut(pieces[:4]), CFG), torch.stack(pieces).square().mean().sqrt()
+    trip = [to_wave(to_spectrogram(w, CFG), CFG, n_iter=8, generator=seeded()) for w in pieces[4:]]
+    rows = {"other": cut(pieces[4:]), "trip": cut(trip), "backwards": cut(pieces[4:]).flip(-1),
+            "noise": level * torch.randn(36, BLOCK, generator=seeded())}
+    mean = {}
+    for row, waves in rows.items():
+        values = measure(waves, CFG)
+        distances = torch.tensor([statistic_distance(values[name], reference[name]) for name in STATISTICS])
+        mean[row] = float(distances[distances.isfinite()].mean())
+    assert max(mean, key=mean.get) == "noise" and mean["noise"] > 2 * max(v for k, v in mean.items() if k != "noise")
+    assert abs(mean["trip"] - mean["other"]) < 0.25
+
+
+# joins
+
+
+def test_positions():
+    assert join_positions(3 * BLOCK + 5, CFG).tolist() == [BLOCK, 2 * BLOCK]
+    assert inside_positions(3 * BLOCK + 5, CFG).tolist() == [BLOCK // 2, 3 * BLOCK // 2, 5 * BLOCK // 2]
+
+
+def test_joined_blocks_are_one_spectrogram(blocks):
+    wave = sound(blocks[0][:3])
+    assert wave.shape == (3 * BLOCK,)
+    torch.testing.assert_close(wave, to_wave(torch.cat(blocks[0][:3], 1), CFG, n_iter=12, generator=seeded()))
+
+
+def test_real_neighbours_cannot_be_told_apart(neighbours):
+    for name, found in seams(neighbours).items():
+        assert found.low < 0.5 < found.high, (name, found)
+
+
+def test_shuffled_neighbours_are_told_apart(blocks):
+    every = [block for piece in blocks for block in piece]
+    mixed = [every[i] for i in torch.randperm(len(every), generator=seeded(1))]
+    found = seams([sound(mixed[i : i + BLOCKS]) for i in range(0, len(mixed), BLOCKS)])
+    assert found["flux"].auc > 0.85 and found["flux"].low > 0.7
+    assert found["chroma"].auc < 0.3 and found["chroma"].high < 0.4
+
+
+@pytest.mark.parametrize("decibels", [6, -6])
+def test_a_planted_jump_of_loudness_is_found(neighbours, decibels):
+    odd = torch.arange(BLOCKS * BLOCK) // BLOCK % 2 == 1
+    found = seams([w * torch.where(odd, 10 ** (decibels / 20), 1.0) for w in neighbours])["level_jump"]
+    assert found.auc > 0.93 and found.low > 0.85
+
+
+def test_a_planted_jump_survives_phase_retrieval(blocks):
+    louder = [[(b + k % 2 * 6 / CFG.top_db).clamp(0, 1) for k, b in enumerate(piece)] for piece in blocks]
+    found = seams([sound(piece) for piece in louder])["level_jump"]
+    assert found.auc > 0.9 and found.low > 0.8
+
+
+def test_a_planted_click_is_found(neighbours):
+    where = torch.zeros(BLOCKS * BLOCK).index_fill(0, join_positions(BLOCKS * BLOCK, CFG), 1.0)
+    offset = seams([w + 0.03 * where for w in neighbours])
+    assert offset["click"].auc > 0.97 and offset["click"].low > 0.9
+    assert all(offset[name].low < 0.5 < offset[name].high for name in ("flux", "level_jump", "chroma"))
+
+
+def test_a_planted_jump_of_phase_is_found(neighbours):
+    """Eight samples are left out at each join: level, harmony and spectrum stay."""
+    cut = [torch.cat([part[:BLOCK] for part in w.split(BLOCK + 8)]) for w in neighbours]
+    found = seams(cut)
+    assert found["click"].auc > 0.95 and found["click"].low > 0.85 and found["chroma"].low < 0.5 < found["chroma"].high
+
+
+def test_measures_of_a_steady_chord():
+    t = torch.arange(2 * BLOCK) / 8000
+    chord = 0.1 * sum(torch.sin(2 * torch.pi * f * t) for f in (262, 330, 392)) + 1e-4 * torch.randn(
+        len(t), generator=seeded())
+    later = t >= t[BLOCK]
+    for gain, expected in ((1.0, 0.0), (2.0, 6.02), (0.5, 6.02)):
+        found = join_measures(chord * torch.where(later, gain, 1.0), [BLOCK], CFG)
+        assert float(found["level_jump"]) == pytest.approx(expected, abs=0.2) and found["chroma"] > 0.99
+    wave = chord.clone()
+    wave[BLOCK] += 0.01
+    at = [BLOCK - 500, BLOCK, BLOCK + 500]
+    click = join_measures(wave, at, CFG)["click"]
+    assert click[1] > click[[0, 2]].max() + 15
+    other = 0.1 * sum(torch.sin(2 * torch.pi * f * t) for f in (277, 349, 415))
+    assert join_measures(torch.where(later, other, chord), torch.tensor([BLOCK]), CFG)["chroma"] < 0.3
+
+
+def test_measures_are_local_and_do_not_depend_on_the_others(pieces):
+    at = join_positions(len(pieces[0]), CFG)
+    together = join_measures(pieces[0], at, CFG)
+    changed = pieces[0].clone()
+    changed[: int(at[2]) - 4000] = 0
+    alone = join_measures(changed, at[2:3], CFG)
+    for name, values in together.items():
+        assert values.shape == at.shape
+        torch.testing.assert_close(values[2:3], alone[name])
+
+
+def test_silence_at_a_join():
+    found = join_measures(torch.zeros(2 * BLOCK), [BLOCK], CFG)
+    assert found["chroma"].isnan() and [float(found[n]) for n in ("flux", "level_jump", "click")] == [0, 0, 0]
+
+
+def test_residue_of_phase_retrieval(blocks, pieces):
+    spec = torch.cat(blocks[0][:2], 1)
+    exact = retrieval_residue(spec, pieces[0][: 2 * BLOCK], CFG)
+    assert exact.shape == (256,) and exact[:253].max() < -80  # the last frames saw the next block
+    rough, fine = (retrieval_residue(spec, sound(blocks[0][:2], n), CFG).median() for n in (2, 30))
+    assert fine < rough - 5
+    assert retrieval_residue(spec, torch.zeros(2 * BLOCK), CFG).median() == pytest.approx(0, abs=0.5)
+    softer = retrieval_residue(spec, 0.5 * pieces[0][: 2 * BLOCK], CFG)[:250].median()
+    assert softer == pytest.approx(-6.02, abs=0.3)  # half is missing
+
+
+# excess and drift
+
+
+def test_excess_counts_pairs():
+    x, y = torch.tensor([1.0, 2.0, 3.0, torch.nan]), torch.tensor([2.0, 0.0])
+    found = excess(x, y)
+    assert found.auc == pytest.approx((1 + 1.5 + 2) / 6) and 0 <= found.low <= found.auc <= found.high <= 1
+    assert found == excess(x, y) and excess(-x, -y).auc == pytest.approx(1 - found.auc)
+
+
+def test_interval_of_excess_holds_chance():
+    held = sum(e.low <= 0.5 <= e.high for e in (excess(*torch.randn(2, 40, generator=seeded(s))) for s in range(60)))
+    assert 50 <= held <= 60
+
+
+def test_interval_shrinks_with_the_sample():
+    few, many = (excess(*torch.randn(2, n, generator=seeded(n))) for n in (20, 500))
+    assert many.high - many.low < 0.3 * (few.high - few.low)
+
+
+def test_trend_is_a_t_interval():
+    slopes = torch.tensor([0.1, 0.3, 0.35, 0.6])
+    found = trend(5 + slopes[:, None] * torch.arange(7) + torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+    low, high = student.interval(0.95, 3, loc=float(slopes.mean()), scale=float(slopes.std()) / 2)
+    assert found == pytest.approx((float(slopes.mean()), low, high), abs=1e-5)
+
+
+def test_trend_leaves_out_nan():
+    values = 0.5 * torch.arange(8).expand(3, 8).clone()
+    values[0, [0, 3, 7]] = torch.nan
+    assert trend(values) == pytest.approx((0.5, 0.5, 0.5))
+    values[1] = torch.nan
+    assert trend(values).slope == pytest.approx(0.5)
+    values[2, 1:] = torch.nan
+    with pytest.raises(ValueError, match="1 pieces have a slope"):
+        trend(values)
+
+
+def test_drift_is_measured_block_by_block(pieces):
+    waves = torch.stack(pieces[:3])
+    found = drift(waves[:, : 4 * BLOCK + 77], CFG)
+    assert list(found) == list(STATISTICS) and all(v.shape == (3, 4) for v in found.values())
+    alone = measure(waves[1:2, 2 * BLOCK : 3 * BLOCK], CFG)
+    for name, values in found.items():
+        torch.testing.assert_close(values[1, 2], alone[name][0], equal_nan=True)
+
+
+def test_a_planted_fade_is_drift_and_no_join(neighbours):
+    waves = torch.stack(neighbours)
+    fade = 10 ** (-torch.arange(BLOCKS * BLOCK) / BLOCK / 20)  # 1 dB a block
+    still, fading = (trend(drift(w, CFG)["level"]) for w in (waves, waves * fade))
+    assert still.low < 0 < still.high and fading.high < 0
+    assert fading.slope - still.slope == pytest.approx(-1, abs=0.03)
+    found = seams(list(waves * fade))["level_jump"]
+    assert found.low < 0.5 < found.high
+
+
+# bad input
+
+
+WAVE = torch.zeros(1, 3 * BLOCK)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: measure(WAVE[0], CFG), r"waves \[N, T\] are needed"),
+    (lambda: measure(WAVE.int(), CFG), r"torch.int32"),
+    (lambda: measure(WAVE[:0], CFG), r"\[N, T\]"),
+    (lambda: measure(WAVE[:, : BLOCK - 1], CFG), "at least one block"),
+    (lambda: measure(WAVE / 0, CFG), "1 of 1 waves hold NaN"),
+    (lambda: drift(WAVE / 0, CFG), "1 of 1 waves hold NaN"),
+    (lambda: drift(WAVE[:, :99], CFG), "at least one block"),
+    (lambda: pitch_classes(WAVE, CFG), "no note sounds"),
+    (lambda: pitch_classes(WAVE[0], CFG), r"\[N, T\]"),
+    (lambda: note_salience(torch.zeros(99, 9), CFG), r"\[..., 256, frames\]"),
+    (lambda: find_onsets(torch.zeros(2, 256, 9), CFG), r"\[256, frames\]"),
+    (lambda: find_onsets(torch.full((256, 9), torch.nan), CFG), "finite"),
+    (lambda: find_onsets(torch.zeros(256, 3), CFG), "at least 0.1 s"),
+    (lambda: statistic_distance(torch.zeros(5), torch.tensor([1.0, torch.nan])), "at least 2"),
+    (lambda: join_positions(BLOCK, CFG), "at least two blocks"),
+    (lambda: inside_positions(BLOCK - 1, CFG), "no whole block"),
+    (lambda: join_measures(WAVE, [BLOCK], CFG), r"wave \[T\]"),
+    (lambda: join_measures(WAVE[0] / 0, [BLOCK], CFG), "finite"),
+    (lambda: join_measures(WAVE[0], [], CFG), r"positions"),
+    (lambda: join_measures(WAVE[0], [0.5], CFG), "whole numbers"),
+    (lambda: join_measures(WAVE[0], [3999], CFG), "keep 4000 samples away"),
+    (lambda: join_measures(WAVE[0], [3 * BLOCK - 3999], CFG), "keep 4000 samples away"),
+    (lambda: join([], CFG), "no block"),
+    (lambda: join([torch.zeros(256, 127)], CFG), r"\[256, 128\]"),
+    (lambda: retrieval_residue(torch.zeros(256, 128), WAVE[0], CFG), r"frames \* 128"),
+    (lambda: excess(torch.ones(1), torch.ones(9)), "at least 2"),
+    (lambda: excess(torch.full((9,), torch.nan), torch.ones(9)), "0 values at joins"),
+    (lambda: trend(torch.ones(9)), r"\[pieces, blocks\]"),
+    (lambda: trend(torch.ones(1, 9)), "at least 2 pieces"),
+])
+def test_bad_input_is_refused_in_one_line(call, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,253 @@
+"""Evaluation: pieces, rows and their order, the report, and what bad input gets."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pianodiff.audio import SpectrogramConfig, save_audio
+from pianodiff.cli import main
+from pianodiff.data import example_performance, prepare
+from pianodiff.distance import load_embedding
+from pianodiff.evaluate import (
+    Piece,
+    clips_of,
+    course,
+    distances,
+    evaluate,
+    in_order,
+    noise_like,
+    novelty,
+    read_pieces,
+    rejoined,
+    retrieved,
+    seams,
+    shifted,
+    shuffled,
+    spectrogram_blocks,
+    split_pieces,
+    training_curves,
+)
+
+CFG = SpectrogramConfig()
+BLOCK = CFG.block_samples
+
+
+@pytest.fixture(scope="module")
+def music(tmp_path_factory) -> Path:
+    """Two folders of sound: "real", ten takes of four blocks, and "made", four others of three."""
+    home = tmp_path_factory.mktemp("music")
+    for folder, seeds, seconds in (("real", range(10), 8.5), ("made", range(40, 44), 6.5)):
+        (home / folder).mkdir()
+        for seed in seeds:
+            save_audio(home / folder / f"take {seed:02}.flac", example_performance(seconds, seed))
+    return home
+
+
+def piece(blocks: int, title: str, seed: int = 0) -> Piece:
+    return Piece(f"{title}-{seed}.wav", title, example_performance(blocks * CFG.block_seconds, seed))
+
+
+# pieces
+
+def test_pieces_are_whole_blocks_in_order(music):
+    pieces, unused = read_pieces(music / "real", CFG)
+    assert [p.name for p in pieces] == [f"take {n:02}.flac" for n in range(10)] and not unused
+    assert all(len(p.wave) == 4 * BLOCK for p in pieces) and clips_of(pieces, CFG).shape == (40, BLOCK)
+
+
+def test_a_number_of_blocks_is_kept_and_the_seed_decides_which(music):
+    first, again, other = (read_pieces(music / "real", CFG, blocks=11, most=3, seed=s)[0] for s in (1, 1, 2))
+    assert [len(p.wave) // BLOCK for p in first] == [3, 3, 3, 2]
+    assert [p.name for p in first] == [p.name for p in again] != [p.name for p in other]
+    everything, _ = read_pieces(music / "real", CFG, blocks=1000, seed=1)
+    assert len(everything) == 10
+
+
+def test_titles_come_once_before_any_comes_twice(tmp_path):
+    rows = ["canonical_composer,canonical_title,split,audio_filename,duration"]
+    for n in range(6):
+        save_audio(tmp_path / f"{n}.wav", example_performance(2.2, n))
+        rows.append(f"Someone,{'Waltz' if n < 4 else f'No. {n}'},{'test' if n else 'train'},{n}.wav,2.2")
+    (tmp_path / "index.csv").write_text("\n".join(rows))
+    for seed in range(5):
+        pieces, _ = read_pieces(tmp_path, CFG, blocks=3, seed=seed, splits=["test"])
+        assert len({p.title for p in pieces}) == 3 and "0.wav" not in {p.name for p in pieces}
+    with pytest.raises(ValueError, match="no recordings of the splits validation; choose others"):
+        read_pieces(tmp_path, CFG, splits=["validation"])
+
+
+def test_normalized_pieces_have_the_recordings_peak_of_one(music, tmp_path):
+    wave = example_performance(10, 3)
+    save_audio(tmp_path / "soft.flac", 0.1 * wave)
+    assert read_pieces(tmp_path, CFG)[0][0].wave.abs().max() < 0.11
+    assert read_pieces(tmp_path, CFG, normalize=True)[0][0].wave.abs().max() > 0.8
+
+
+def test_what_cannot_be_used_is_told(tmp_path, music):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        read_pieces(tmp_path / "nowhere", CFG)
+    with pytest.raises(ValueError, match="no sound file"):
+        read_pieces(tmp_path, CFG)
+    save_audio(tmp_path / "short.wav", example_performance(1, 0))
+    (tmp_path / "broken.wav").write_bytes(b"RIFF and nothing")
+    with pytest.raises(ValueError, match="none of the 2 recordings .* can be used") as error:
+        read_pieces(tmp_path, CFG)
+    assert "\n" not in str(error.value)
+    save_audio(tmp_path / "long.wav", example_performance(3, 0))
+    pieces, unused = read_pieces(tmp_path, CFG)
+    assert [p.name for p in pieces] == ["long.wav"] and set(unused) == {"short.wav", "broken.wav"}
+    assert "1.00 s" in unused["short.wav"]
+
+
+def test_no_title_is_on_both_sides():
+    pieces = [piece(3, title, seed) for seed, title in enumerate("AABBCCD")]
+    for seed in range(4):
+        reference, others = split_pieces(pieces, 5, CFG, seed)
+        assert not {p.title for p in reference} & {p.title for p in others}
+        assert len(clips_of(others, CFG)) == 5
+    with pytest.raises(ValueError, match="the reference has too few blocks"):
+        split_pieces(pieces, 20, CFG)
+    with pytest.raises(ValueError, match="the reference has too few blocks"):
+        split_pieces([piece(9, "alone")], 2, CFG)
+
+
+# rows
+
+def test_rows_are_what_they_say():
+    clips = torch.stack([torch.sin(2 * torch.pi * 440 * torch.arange(BLOCK) / 8000)] * 4)
+    rows = shifted(clips)
+    assert int(torch.fft.rfft(rows[0][:8000]).abs().argmax()) == round(440 * 2 ** (3 / 12))
+    noise = noise_like(clips * torch.tensor([[1.0], [0.1], [0.5], [0.0]]), torch.Generator().manual_seed(0))
+    level = torch.tensor([1.0, 0.1, 0.5, 0.0]) * 0.5**0.5
+    torch.testing.assert_close(noise.square().mean(1).sqrt(), level, rtol=0.03, atol=0)
+    music = clips_of([piece(4, "A")], CFG)
+    mixed = shuffled(music, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mixed.square().mean(1), music.square().mean(1), rtol=0.1, atol=0)
+    assert (mixed - music).square().mean() > music.square().mean()
+    back = retrieved(piece(2, "A"), CFG).wave
+    assert back.shape == (2 * BLOCK,)
+    torch.testing.assert_close(back.square().mean(), piece(2, "A").wave.square().mean(), rtol=0.1, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*without full rank")
+def test_the_order_of_the_rows(music):
+    real = read_pieces(music / "real", CFG)[0]
+    reference, others = split_pieces(real, 12, CFG)
+    clips = clips_of(others, CFG)
+    rows = {"real": clips, "retrieved": clips_of([retrieved(p, CFG) for p in others], CFG),
+            "model": clips + 0.05 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0)),
+            "noise": noise_like(clips, torch.Generator().manual_seed(1))}
+    table = distances(rows, clips_of(reference, CFG), CFG, load_embedding("logmel"))
+    assert all(found["clips"] == 12 for found in table.values())
+    for measure in ("frechet", "frechet_infinity", "kernel"):
+        assert table["real"][measure] < table["model"][measure] < table["noise"][measure]
+        assert abs(table["retrieved"][measure] / table["real"][measure] - 1) < 0.2
+    assert all(found["kernel_interval"][0] < found["kernel_interval"][1] for found in table.values())
+
+
+def test_a_measure_that_ranks_wrongly_is_told():
+    def ranked(*distances: float) -> bool:
+        return in_order({row: {"frechet": d, "frechet_infinity": d, "frechet_interval": (d - 0.5, d + 0.5)}
+                         for row, d in zip(("real", "retrieved", "model", "noise"), distances, strict=True)})
+
+    assert ranked(1, 2, 3, 4) and ranked(1.2, 1, 3, 4)  # a tie
+    assert not any(ranked(*d) for d in ((2, 1, 3, 4), (1, 3, 2, 4), (1, 2, 4, 3), (3, 1, 2, 4), (1, 2, 2, 4)))
+
+
+# joins, drift, copies
+
+def test_strangers_are_heard_and_neighbours_are_not(music):
+    pieces = read_pieces(music / "real", CFG)[0]
+    neighbours = seams([retrieved(p, CFG) for p in pieces], CFG)
+    strangers = seams(rejoined(pieces, CFG, across=True), CFG)
+    assert strangers["chroma"]["auc"] > neighbours["chroma"]["auc"] + 0.1 or strangers["chroma"]["auc"] < 0.4
+    assert neighbours["flux"]["low"] < 0.6
+    moved = rejoined(pieces, CFG, across=False)
+    assert [len(p.wave) for p in moved] == [len(p.wave) for p in pieces]
+
+
+def test_a_fading_piece_drifts(music):
+    pieces = read_pieces(music / "real", CFG)[0]
+    fading = [p._replace(wave=p.wave * torch.logspace(0, -1, len(p.wave))) for p in pieces]
+    level = course(fading, CFG)["level"]
+    assert level.shape == (10, 4) and (level[:, -1] < level[:, 0] - 5).all()
+
+
+def test_a_planted_copy_is_found(music, tmp_path):
+    prepare(music / "real", tmp_path / "store", CFG, splits=["train"], jobs=1)
+    pieces = {p.name: p for p in read_pieces(music / "real", CFG)[0]}
+    copied = pieces["take 05.flac"] if "take 05.flac" in training_names(tmp_path / "store") else None
+    name = copied.name if copied else training_names(tmp_path / "store")[0]
+    made = read_pieces(music / "made", CFG)[0]
+    stolen = Piece("stolen.wav", "stolen", 0.5 * pieces[name].wave[1000 : 1000 + 2 * BLOCK])
+    found, sides = novelty([*made, stolen], made, tmp_path / "store", CFG)
+    first = found["pairs"][0]
+    assert first["query"] >= len(clips_of(made, CFG)) and first["recording"] == name.replace(" ", "%20")
+    assert found["verdict"]["suspicious"][0] == first["query"] and sides[0][0].shape == (CFG.n_bins, CFG.n_frames)
+    blocks = spectrogram_blocks([stolen], CFG)
+    assert blocks.shape == (2, CFG.n_bins, CFG.n_frames)
+
+
+def training_names(store: Path) -> list[str]:
+    from pianodiff.data import open_store
+
+    return [r["id"].replace("%20", " ") for r in open_store(store).of("train")]
+
+
+# training
+
+def test_training_curves(tmp_path):
+    log = tmp_path / "log.csv"
+    with pytest.raises(FileNotFoundError, match="log.csv is missing"):
+        training_curves(log)
+    log.write_text("images,loss,val_0.1,val_1\n100,0.9,,\n")
+    with pytest.raises(ValueError, match="no validation yet"):
+        training_curves(log)
+    log.write_text("images,loss,val_0.1,val_1\n100,0.9,,\n200,0.8,0.5,0.25\n300,0.7,,\n400,0.6,0.4,0.125\n")
+    images, losses = training_curves(log)
+    assert images.tolist() == [200, 400] and {k: v.tolist() for k, v in losses.items()} == {
+        "0.1": [0.5, pytest.approx(0.4)], "1": [0.25, 0.125]}
+
+
+# all of it
+
+@pytest.mark.filterwarnings("ignore:.*without full rank")
+def test_the_report_is_whole_and_the_same_twice(music, tmp_path, capsys):
+    assert main(["evaluate", f"{music}/made", f"{music}/real", "--out", f"{tmp_path}/a.html", "--blocks", "30"]) == 0
+    assert "Fréchet distance (logmel" in capsys.readouterr().out
+    evaluate(music / "made", music / "real", tmp_path / "b.html", blocks=30)
+    as_json = [json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab"]
+    for results in as_json:
+        del results["seconds"]
+    assert as_json[0] == as_json[1]
+    assert as_json[0]["generated"]["blocks"] == 12 == as_json[0]["others"]["blocks"]
+    page = (tmp_path / "a.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page) and "<audio" in page and page.count("data:image/png") >= 4
+    for row in ("real", "retrieved", "model", "shifted", "shuffled", "noise"):
+        assert f"<td>{row}</td>" in page
+    files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert files == ["a.html", "a.json", "b.html", "b.json"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nowhere", "real"], "nowhere does not exist"),
+    (["made", "nowhere"], "nowhere does not exist"),
+    (["empty", "real"], "no sound file"),
+    (["made", "real", "--out", "report.pdf"], "must end in .html"),
+    (["made", "real", "--out", "missing/report.html"], "can't be written to"),
+    (["made", "real", "--embeddings", "no/such"], "no/such can't be loaded"),
+    (["made", "real", "--splits", "best"], "no recordings of the splits best"),
+    (["made", "real", "--blocks", "3"], "too few blocks"),
+    (["made", "real", "--training", "nowhere", "--blocks", "40"], "nowhere is not a spectrogram store"),
+])
+def test_bad_input_is_told_in_one_line(music, tmp_path, monkeypatch, capsys, arguments, words):
+    (music / "empty").mkdir(exist_ok=True)
+    monkeypatch.chdir(music)
+    before = sorted(music.rglob("*"))
+    assert main(["evaluate", *arguments]) == 2
+    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pianodiff:")]
+    assert len(message) == 1 and words in message[0]
+    assert sorted(music.rglob("*")) == before

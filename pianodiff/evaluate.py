@@ -390,7 +390,8 @@ def plot_distances(tables: dict[str, dict[str, dict[str, Any]]]) -> "Figure":
         for y, row in enumerate(table.values()):
             ax.plot(row["frechet_interval"], [y, y], "C0")
             ax.plot(row["frechet_infinity"], y, "oC0")
-        ax.set(yticks=range(len(table)), yticklabels=list(table), xscale="log", xlabel=f"Fréchet distance for N → ∞ ({name})")
+        ax.set(yticks=range(len(table)), yticklabels=list(table), xscale="log",
+               xlabel=f"Fréchet distance for N → ∞ ({name})")
         ax.invert_yaxis()
     return figure
 

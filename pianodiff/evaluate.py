@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['Piece', 'clips_of', 'read_pieces', 'split_pieces', 'retrieved', 'shifted', 'shuffled', 'noise_like', 'make_rows',
            'distances', 'in_order', 'compare_statistics', 'seams', 'rejoined', 'course', 'spectrogram_blocks',
-           'novelty', 'training_curves', 'plot_training', 'plot_distances', 'plot_statistics', 'plot_seams',
-           'plot_drift', 'plot_novelty', 'plot_pair', 'write_report', 'evaluate']
+           'novelty', 'plot_distances', 'plot_statistics', 'plot_seams', 'plot_drift', 'plot_novelty', 'plot_pair',
+           'training_curves', 'plot_training', 'write_report', 'evaluate']
 
 # %% ../nbs/09_evaluate.ipynb #09a779b7
 import base64
@@ -343,38 +343,6 @@ def novelty(
     return {"verdict": verdict._asdict(), "pairs": [pair._asdict() for pair in pairs],
             "ratios": {row: ratio.tolist() for row, ratio in ratios.items()}}, sides
 
-# %% ../nbs/09_evaluate.ipynb #04009bab
-def training_curves(log: str | os.PathLike) -> tuple[Tensor, dict[str, Tensor]]:
-    """Blocks seen `[R]`, and the validation loss `[R]` at each sigma, from the `log.csv` that `pianodiff train` writes.
-
-    Raises FileNotFoundError if it is missing and ValueError if there was no validation yet.
-    """
-    path = Path(log)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give the log.csv of a run of `pianodiff train`")
-    with open(path, newline="") as file:
-        rows = [{name: value for name, value in row.items() if name and (name == "images" or name.startswith("val_"))}
-                for row in csv.DictReader(file)]
-    rows = [row for row in rows if len(row) > 1 and all(row.values())]
-    if not rows:
-        raise ValueError(f"{path} holds no validation yet; train longer, or validate more often (--eval-images)")
-    columns = {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
-    return columns.pop("images"), {name.removeprefix("val_"): losses for name, losses in columns.items()}
-
-
-def plot_training(log: str | os.PathLike) -> "Figure":
-    """The validation loss at each sigma over the blocks seen."""
-    from matplotlib.figure import Figure
-
-    images, losses = training_curves(log)
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    ax = figure.subplots()
-    for i, (sigma, loss) in enumerate(losses.items()):
-        ax.plot(images, loss, "o-", ms=3, color=f"C{i}", label=rf"$\sigma$ = {sigma}")
-    ax.set(xlabel="blocks seen", ylabel="validation loss", yscale="log")
-    ax.legend(ncols=2, fontsize="small")
-    return figure
-
 # %% ../nbs/09_evaluate.ipynb #ac121808
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", np.ndarray]:
     from matplotlib.figure import Figure  # takes a while to import
@@ -465,6 +433,47 @@ def plot_pair(generated: Tensor, training: Tensor, cfg: SpectrogramConfig) -> "F
         ax.imshow(spec, origin="lower", aspect="auto", cmap="magma", vmin=0, vmax=1,
                   extent=(0, cfg.block_seconds, 0, cfg.sample_rate / 2))
         ax.set(xlabel="time (s)", ylabel="frequency (Hz)", title=title)
+    return figure
+
+# %% ../nbs/09_evaluate.ipynb #6488d84d
+def training_curves(log: str | os.PathLike) -> tuple[Tensor, dict[str, Tensor]]:
+    """Blocks seen `[R]`, and the validation loss `[R]` at each sigma, from the `log.csv` that `pianodiff train` writes.
+
+    Raises FileNotFoundError if it is missing and ValueError if there was no validation yet.
+    """
+    path = Path(log)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give a run of `pianodiff train`")
+    with open(path, newline="") as file:
+        rows = [{name: value for name, value in row.items() if name and (name == "images" or name.startswith("val_"))}
+                for row in csv.DictReader(file)]
+    rows = [row for row in rows if len(row) > 1 and all(row.values())]
+    if not rows:
+        raise ValueError(f"{path} holds no validation yet; train longer, or validate more often (--eval-images)")
+    columns = {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
+    return columns.pop("images"), {name.removeprefix("val_"): losses for name, losses in columns.items()}
+
+
+def plot_training(run: str | os.PathLike, most: int = 4) -> "Figure":
+    """The course of a run folder of `pianodiff train`: the validation loss at each sigma over the blocks seen, and
+    below it up to `most` of its samples' spectrograms, from the first to the last. A log alone will do, too.
+
+    Raises what `training_curves` raises.
+    """
+    from matplotlib import image
+
+    path = Path(run) / "log.csv" if Path(run).is_dir() else Path(run)
+    images, losses = training_curves(path)
+    found = sorted((path.parent / "samples").glob("*.png"), key=lambda picture: int(picture.stem))
+    chosen = [found[i] for i in sorted({round(i) for i in np.linspace(0, len(found) - 1, min(most, len(found)))})]
+    figure, axes = _figure(8, 4 + 3.2 * len(chosen), 1 + len(chosen))
+    for sigma, loss in losses.items():
+        axes[0, 0].plot(images, loss, "o-", ms=3, label=rf"$\sigma$ = {sigma}")
+    axes[0, 0].set(xlabel="blocks seen", ylabel="validation loss", yscale="log")
+    axes[0, 0].legend(bbox_to_anchor=(1, 1), loc="upper left", fontsize="small")
+    for ax, picture in zip(axes[1:, 0], chosen, strict=True):
+        ax.imshow(image.imread(picture))
+        ax.axis("off")
     return figure
 
 # %% ../nbs/09_evaluate.ipynb #306ef52d

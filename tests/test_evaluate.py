@@ -4,8 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import image
 
 from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.cli import main
@@ -20,6 +22,7 @@ from pianodiff.evaluate import (
     in_order,
     noise_like,
     novelty,
+    plot_training,
     read_pieces,
     rejoined,
     retrieved,
@@ -210,6 +213,18 @@ def test_training_curves(tmp_path):
     images, losses = training_curves(log)
     assert images.tolist() == [200, 400] and {k: v.tolist() for k, v in losses.items()} == {
         "0.1": [0.5, pytest.approx(0.4)], "1": [0.25, 0.125]}
+
+
+def test_a_runs_course_is_drawn_with_its_samples(tmp_path):
+    (tmp_path / "log.csv").write_text("images,val_1\n200,0.25\n400,0.125\n")
+    assert len(plot_training(tmp_path / "log.csv").axes) == 1
+    (tmp_path / "samples").mkdir()
+    for i, images in enumerate((9, 80, 700, 6000, 50000, 400000)):  # not in the order of their names
+        image.imsave(tmp_path / "samples" / f"{images}.png", np.full((4, 8, 3), i / 5))
+    axes = plot_training(tmp_path, most=3).axes
+    shown = [float(ax.images[0].get_array()[0, 0, 0]) for ax in axes[1:]]
+    assert len(shown) == 3 and shown[0] < shown[1] < shown[2] == 1
+    np.testing.assert_array_equal(axes[0].lines[0].get_xydata(), [[200, 0.25], [400, 0.125]])
 
 
 # all of it

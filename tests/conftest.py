@@ -1,11 +1,15 @@
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")      # pictures are drawn, not shown
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test asks a network
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:    # as in a shell's background; children would, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -123,6 +123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'pianodiff.edm.loss_weight': ('edm.html#loss_weight', 'pianodiff/edm.py'),
                                'pianodiff.edm.preconditioning': ('edm.html#preconditioning', 'pianodiff/edm.py')},
             'pianodiff.evaluate': { 'pianodiff.evaluate.Piece': ('evaluate.html#piece', 'pianodiff/evaluate.py'),
+                                    'pianodiff.evaluate._count': ('evaluate.html#_count', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._described': ('evaluate.html#_described', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._far_apart': ('evaluate.html#_far_apart', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._figure': ('evaluate.html#_figure', 'pianodiff/evaluate.py'),

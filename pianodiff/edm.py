@@ -74,7 +74,8 @@ class Denoiser(nn.Module):
 
 def _cast(cond: Any, dtype: torch.dtype) -> Any:
     if isinstance(cond, tuple | list):
-        return tuple(_cast(c, dtype) for c in cond)
+        parts = (_cast(c, dtype) for c in cond)
+        return type(cond)(*parts) if hasattr(cond, "_fields") else tuple(parts)  # a named tuple stays one
     return cond.to(dtype) if isinstance(cond, Tensor) and cond.is_floating_point() else cond
 
 # %% ../nbs/05_edm.ipynb #ff61065a

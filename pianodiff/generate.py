@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .audio import SpectrogramConfig, normalize_peak, to_spectrogram, to_wave
 from .edm import Denoiser, karras_sigmas
-from .sampler import euler_sample, heun_sample
+from .sampler import dpmpp_2m_sample, euler_sample, heun_sample
 from .unet import UNet, load_model, save_model
 
 # %% ../nbs/08_generate.ipynb #2f5ca04b
@@ -30,7 +30,7 @@ def _generator(seed: int, *purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(word))
 
 # %% ../nbs/08_generate.ipynb #0ca877aa
-def continue_wave(past: Tensor, spec: Tensor, cfg: SpectrogramConfig, *, n_iter: int = 100,
+def continue_wave(past: Tensor, spec: Tensor, cfg: SpectrogramConfig, *, n_iter: int = 20,
                   generator: torch.Generator | None = None) -> Tensor:
     """The sound `[T]` that follows on `past` `[P]`, where `spec` `[n_bins, frames]` is the spectrogram of both.
 
@@ -68,7 +68,7 @@ def find_model(name_or_path: str | os.PathLike = "nano") -> Path:
         raise FileNotFoundError(f"the model {name!r} is no folder and not on the Hub ({reason}); {advice}") from error
 
 # %% ../nbs/08_generate.ipynb #1a077238
-SAMPLERS = {"heun": heun_sample, "euler": euler_sample}
+SAMPLERS = {"heun": heun_sample, "euler": euler_sample, "dpmpp_2m": dpmpp_2m_sample}
 MAX_SECONDS = 86_400  # a day
 
 
@@ -214,13 +214,14 @@ class Piano:
         prev = start.prev
         for k in itertools.count() if num_blocks is None else range(num_blocks):
             latents = torch.randn(1, 1, self.cfg.n_bins, self.cfg.n_frames, generator=_generator(start.seed, 0, k))
-            cond = None if prev is None else (prev[None, None] - mean) / scale
+            past = None if prev is None else (prev[None, None] - mean) / scale
+            cond = past if past is None or guidance != 1 else self.net.encode(past)  # once, for all steps
 
             def report(state: dict[str, Any], block: int = k) -> None:
                 if callback:
                     callback(Progress(block, num_blocks, state["i"] + 1, num_steps))
 
-            denoise = self._guided(cond, guidance)
+            denoise = self._guided(past, guidance)
             z = SAMPLERS[sampler](denoise, latents.to(self.device), cond, num_steps=num_steps, callback=report)
             prev = (mean + scale * z[0, 0]).clamp(0, 1)
             yield prev

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Cond', 'PRESETS', 'MODEL_FORMAT', 'UNetConfig', 'NoiseEmbedding', 'ResidualBlock', 'Attention', 'Coordinates',
-           'Stage', 'SpectrogramEmbedding', 'UNet', 'count', 'save_model', 'load_model']
+           'Stage', 'SpectrogramEmbedding', 'Past', 'UNet', 'count', 'save_model', 'load_model']
 
 # %% ../nbs/04_unet.ipynb #a7d17df4
 import json
@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -46,7 +46,7 @@ class UNetConfig:
     cond_channels: tuple[int, ...] = (32, 64, 128, 256, 256)  # of the spectrogram embedding, halved after each
     adaptive: bool = False  # the embedding scales and shifts normalised maps (AdaGN), or is added before (DDPM++)
     coordinates: bool = False  # learned terms for the frequency row and the time column at each resolution
-    prev_input: bool = False  # the previous block also enters as input channels, its time reversed
+    context: int = 0  # so many columns of the previous block stand before the noisy block, as input
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -67,6 +67,9 @@ class UNetConfig:
         if self.n_bins % step or self.n_frames % step:
             raise ValueError(f"a block of {self.n_bins} x {self.n_frames} can't be halved as often as these levels do; "
                              f"use multiples of {step}, or fewer levels")
+        step = self.patch * 2 ** (len(self.channels) - 1)
+        if type(self.context) is not int or self.context % step or not 0 <= self.context <= self.n_frames:
+            raise ValueError(f"context must be a multiple of {step} from 0 to {self.n_frames}, not {self.context!r}")
 
 # %% ../nbs/04_unet.ipynb #e6a6c1dc
 class NoiseEmbedding(nn.Module):
@@ -199,14 +202,23 @@ class SpectrogramEmbedding(nn.Module):
         return self.linear(h.flatten(1))
 
 # %% ../nbs/04_unet.ipynb #5489c5b7
-Cond = Tensor | tuple[Tensor, Tensor] | None  # the previous block [B, 1, F, W]; with has_prev [B], where some have none
+class Past(NamedTuple):
+    """What a `UNet` takes from the previous blocks."""
+
+    vector: Tensor  # [B, emb_channels], the spectrogram embedding
+    columns: Tensor  # [B, 1, F, context], zero where there is none
+    has_prev: Tensor  # bool [B]
+
+
+Cond = Tensor | tuple[Tensor, Tensor] | Past | None  # [B, 1, F, W]; with has_prev [B], where some have none; encoded
 
 
 class UNet(nn.Module):
     """The network F_θ of Eq. (24) (section III-C; Fig. 7): `x` `[B, 1, F, W]`, `c_noise` `[B]` -> `[B, 1, F, W]`.
 
     `cond` is the previous block `[B, 1, F, W]`, or a pair `(prev, has_prev)` with a boolean `has_prev` `[B]` where only
-    some blocks have one, or None where none has: a learned null embedding then stands for it.
+    some blocks have one, or None where none has: a learned null embedding then stands for it. In place of these it may
+    be the `Past` that `encode` made of them, once for many calls.
     Raises ValueError if a block is not of the configuration's shape.
     """
 
@@ -218,12 +230,12 @@ class UNet(nn.Module):
         self.noise = nn.Sequential(NoiseEmbedding(c[0] * 2), nn.Linear(c[0] * 2, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.embedding = SpectrogramEmbedding(config)
         self.null = nn.Parameter(torch.zeros(emb))
-        self.stem = nn.Conv2d(2 * pixels + 1 if config.prev_input else pixels, c[0], 3, padding=1)
+        self.stem = nn.Conv2d(pixels + (config.context > 0), c[0], 3, padding=1)
         self.places = nn.ModuleList()
         self.down, self.up, self.narrow = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level, (width, blocks, attention) in enumerate(zip(c, config.blocks, config.attention, strict=True)):
             before = c[max(level - 1, 0)]
-            rows, columns = (n // config.patch >> level for n in (config.n_bins, config.n_frames))
+            rows, columns = (n // config.patch >> level for n in (config.n_bins, config.n_frames + config.context))
             self.places.append(Coordinates(before, rows, columns) if config.coordinates else nn.Identity())
             inputs = [before] + [width] * (blocks - 1)
             self.down.append(nn.ModuleList(Stage(n, width, attention, config) for n in inputs))
@@ -233,15 +245,37 @@ class UNet(nn.Module):
         self.out_norm = _norm(c[0])
         self.out = _zero(nn.Conv2d(c[0], pixels, 3, padding=1))
 
+    def encode(self, cond: Cond, batch: int = 1) -> Past:
+        """All that the network takes from `cond`, whose None stands for `batch` blocks without a predecessor."""
+        if isinstance(cond, Past):
+            return cond
+        shape = (1, self.config.n_bins, self.config.n_frames)
+        if cond is None:
+            prev, has_prev = self.null.new_zeros(batch, *shape), torch.zeros(batch, dtype=torch.bool)
+        else:
+            prev, has_prev = cond if isinstance(cond, tuple) else (cond, torch.ones(len(cond), dtype=torch.bool))
+        if prev.shape[1:] != shape:
+            raise ValueError(f"this network takes blocks {self._shape}, not {list(prev.shape)}")
+        has_prev = has_prev.to(prev.device)
+        vector = torch.where(has_prev[:, None], self.embedding(prev), self.null)
+        columns = prev[..., shape[2] - self.config.context :] * has_prev[:, None, None, None]
+        return Past(vector, columns, has_prev)
+
+    @property
+    def _shape(self) -> str:
+        return f"[B, 1, {self.config.n_bins}, {self.config.n_frames}]"
+
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond = None) -> Tensor:
-        prev, has_prev = self._previous(x, cond)
-        known = torch.where(has_prev[:, None], self.embedding(prev), self.null)
-        emb = F.silu(self.noise(c_noise.to(x.dtype)) + known)
-        h = F.pixel_unshuffle(x, self.config.patch)
-        if self.config.prev_input:  # time reversed, the end of the past lies where the new block begins
-            mask = has_prev[:, None, None, None].to(x.dtype)
-            past = F.pixel_unshuffle(prev.flip(3), self.config.patch) * mask
-            h = torch.cat([h, past, mask.expand(-1, 1, *h.shape[2:])], dim=1)
+        past = self.encode(cond, len(x))
+        if x.shape != (len(past.vector), 1, self.config.n_bins, self.config.n_frames):
+            raise ValueError(f"this network takes blocks {self._shape}, not {list(x.shape)} "
+                             f"after {len(past.vector)} others")
+        emb = F.silu(self.noise(c_noise.to(x.dtype)) + past.vector)
+        h = F.pixel_unshuffle(torch.cat([past.columns, x], dim=3), self.config.patch)
+        if self.config.context:
+            columns = self.config.context // self.config.patch
+            known = past.has_prev[:, None, None, None].to(x.dtype).expand(-1, 1, h.shape[2], columns)
+            h = torch.cat([h, F.pad(known, (0, h.shape[3] - columns))], dim=1)
         h = self.stem(h)
         skips = []
         for level, stages in enumerate(self.down):
@@ -254,30 +288,17 @@ class UNet(nn.Module):
                 h = stage(torch.cat([h, skips.pop()], dim=1), emb)
             if level:
                 h = F.interpolate(self.narrow[level](h), scale_factor=2.0, mode="nearest")
-        return F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.config.patch)
-
-    def _previous(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """The previous blocks (zeros where there is none) and which blocks have one."""
-        if isinstance(cond, tuple):
-            prev, has_prev = cond
-        else:
-            prev = torch.zeros_like(x) if cond is None else cond
-            has_prev = torch.full((len(x),), cond is not None, device=x.device)
-        shape = (1, self.config.n_bins, self.config.n_frames)
-        if x.shape[1:] != shape or prev.shape != x.shape:
-            raise ValueError(f"this network takes blocks [B, {', '.join(map(str, shape))}], "
-                             f"not {list(x.shape)} with a previous block {list(prev.shape)}")
-        return prev, has_prev
+        h = F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.config.patch)
+        return h[..., self.config.context :]
 
 # %% ../nbs/04_unet.ipynb #9525e9f8
 PRESETS = {
     "paper-128": UNetConfig(n_bins=128, n_frames=128),
     "paper-256": UNetConfig(n_bins=256, n_frames=256),
     "nano": UNetConfig(patch=4, channels=(32, 64, 128), blocks=(1, 1, 1), attention=("", "f+t", "ft"), emb_channels=256,
-                       cond_channels=(32, 64, 96, 128), adaptive=True, coordinates=True, prev_input=True),
+                       cond_channels=(32, 64, 96, 128), adaptive=True, coordinates=True, context=16),
     "base": UNetConfig(patch=4, channels=(80, 160, 256), blocks=(1, 2, 2), attention=("", "f+t", "ft"),
-                       emb_channels=384, cond_channels=(32, 64, 96, 128), adaptive=True, coordinates=True,
-                       prev_input=True),
+                       emb_channels=384, cond_channels=(32, 64, 96, 128), adaptive=True, coordinates=True, context=16),
 }
 
 # %% ../nbs/04_unet.ipynb #89881911

@@ -1,6 +1,7 @@
 """Schedule, preconditioning, denoiser and loss (chapter 5)."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -97,6 +98,11 @@ def test_equation_24_with_a_network_that_has_no_parameters():
     torch.testing.assert_close(denoiser(x, sigma), expected, rtol=1e-14, atol=0)
 
 
+class Named(NamedTuple):
+    prev: torch.Tensor
+    has_prev: torch.Tensor
+
+
 def test_condition_is_cast_and_otherwise_untouched():
     denoiser, x, prev = Denoiser(Conv()), normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1)
     has_prev, labels = torch.tensor([True, False]), torch.tensor([3, 4])
@@ -110,6 +116,8 @@ def test_condition_is_cast_and_otherwise_untouched():
     cast, flag = passed((prev, has_prev))
     torch.testing.assert_close(cast, prev.float())
     assert flag is has_prev
+    named = passed(Named(prev, has_prev))
+    assert isinstance(named, Named) and named.has_prev is has_prev and named.prev.dtype == torch.float32
 
 
 def test_autocast_and_compile():

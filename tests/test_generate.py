@@ -14,8 +14,8 @@ from pianodiff.unet import UNet, UNetConfig
 
 CFG = SpectrogramConfig(n_fft=64, hop_length=16, n_frames=32)
 SHAPE = UNetConfig(n_bins=32, n_frames=32, patch=2, channels=(8, 16), blocks=(1, 1), attention=("", "f"),
-                   emb_channels=16, cond_channels=(8, 8), adaptive=True, coordinates=True, prev_input=True)
-LARGE = replace(SHAPE, n_bins=256, n_frames=128, patch=8)  # for blocks of nano's size
+                   emb_channels=16, cond_channels=(8, 8), adaptive=True, coordinates=True, context=8)
+LARGE = replace(SHAPE, n_bins=256, n_frames=128, patch=8, context=16)  # for blocks of nano's size
 FEW = {"num_steps": 2}
 BLOCK = CFG.block_samples
 
@@ -83,14 +83,14 @@ def test_each_block_follows_its_predecessor(piano, monkeypatch):
     spec = piano.spectrogram(2 * CFG.block_seconds, seed=0, sampler="euler", num_steps=2)
     torch.testing.assert_close(spec, torch.full_like(spec, 0.4 + 0.25 * 0.2 / 0.5))  # Eq. (standardise), backwards
     assert seen[:2] == [None, None]
-    torch.testing.assert_close(seen[2], torch.full((1, 1, 32, 32), 0.25))
+    torch.testing.assert_close(seen[2].columns, torch.full((1, 1, 32, 8), 0.25))  # encoded, once for all steps
 
 
 def test_what_is_out_of_range_is_clipped_before_it_conditions(piano, monkeypatch):
     seen = []
     monkeypatch.setattr(piano.denoiser, "forward", lambda x, sigma, cond: seen.append(cond) or torch.full_like(x, 9.0))
     assert (piano.spectrogram(2 * CFG.block_seconds, seed=0, sampler="euler", num_steps=1) == 1).all()
-    torch.testing.assert_close(seen[1], torch.full((1, 1, 32, 32), (1 - 0.4) / 0.2 * 0.5))
+    torch.testing.assert_close(seen[1].columns, torch.full((1, 1, 32, 8), (1 - 0.4) / 0.2 * 0.5))
 
 
 def test_each_block_has_its_own_noise(piano, monkeypatch):

@@ -28,7 +28,7 @@ from pianodiff.unet import (
 PLAIN = UNetConfig(n_bins=32, n_frames=16, channels=(8, 12, 16), blocks=(1, 2, 1), attention=("", "t", "ft"),
                    emb_channels=24, cond_channels=(8, 8))
 OURS = replace(PLAIN, n_bins=64, n_frames=32, patch=2, channels=(8, 64), blocks=(2, 1), attention=("f+t", "ft"),
-               adaptive=True, coordinates=True, prev_input=True)
+               adaptive=True, coordinates=True, context=8)
 BOTH = pytest.mark.parametrize("config", [PLAIN, OURS], ids=["plain", "ours"])
 
 
@@ -67,7 +67,7 @@ def test_presets_keep_their_budgets(name, parameters, multiplications):
 def test_presets_of_the_paper_have_its_shape(size):
     config = PRESETS[f"paper-{size}"]
     assert (config.n_bins, config.n_frames, config.patch, len(config.channels)) == (size, size, 1, 5)
-    assert not (config.adaptive or config.coordinates or config.prev_input)
+    assert not (config.adaptive or config.coordinates or config.context)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -171,15 +171,23 @@ def test_what_it_is_told_matters(config):
     assert (net(x, C_NOISE, 0 * past) - net(x, C_NOISE)).abs().max() > 1e-3  # a silent block is not the same as none
 
 
-def test_the_block_before_enters_reversed_in_time():
+def test_the_end_of_the_block_before_stands_before_the_block():
     net, x, past, seen = network(OURS), blocks(OURS), blocks(OURS, seed=2), []
     net.stem.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    net(x, C_NOISE, (past, SOME))
-    new, before, mask = seen[0].split((4, 4, 1), dim=1)
-    there = SOME[:, None, None, None]
-    assert torch.equal(F.pixel_shuffle(new, 2), x)
-    assert torch.equal(F.pixel_shuffle(before, 2), torch.where(there, past.flip(3), 0))
-    assert torch.equal(mask, there.double().expand_as(mask))
+    assert net(x, C_NOISE, (past, SOME)).shape == x.shape
+    there, picture = SOME[:, None, None, None], F.pixel_shuffle(seen[0][:, :4], 2)
+    assert torch.equal(picture[..., 8:], x)
+    assert torch.equal(picture[..., :8], torch.where(there, past[..., -8:], 0))
+    assert torch.equal(seen[0][:, 4:, :, :4], there.double().expand(-1, 1, 32, 4)) and not seen[0][:, 4:, :, 4:].any()
+
+
+@BOTH
+def test_encoded_once_is_the_same(config):
+    net, x, past = network(config), blocks(config), blocks(config, seed=2)
+    for cond in ((past, SOME), past, None):
+        encoded = net.encode(cond, len(x))
+        assert torch.equal(net(x, C_NOISE, encoded), net(x, C_NOISE, cond)) and net.encode(encoded) is encoded
+        assert encoded.columns.shape == (3, 1, config.n_bins, config.context)
 
 
 @pytest.mark.parametrize("x, past", [
@@ -448,7 +456,7 @@ def test_a_model_of_another_format(model):
         load_model(model)
 
 
-@pytest.mark.parametrize("change", [{"emb_channels": 32}, {"channels": (16, 64)}, {"prev_input": False},
+@pytest.mark.parametrize("change", [{"emb_channels": 32}, {"channels": (16, 64)}, {"context": 0},
                                     {"coordinates": False}, {"blocks": (1, 1)}, {"attention": ("f", "ft")}])
 def test_weights_of_another_shape(model, change):
     (model / "config.json").write_text(json.dumps({**CONFIG, "unet": asdict(replace(OURS, **change))}))

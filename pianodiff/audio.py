@@ -2,15 +2,18 @@
 
 # %% auto #0
 __all__ = ['AUDIO_FORMATS', 'SPECTROGRAMS', 'load_audio', 'write_whole', 'save_audio', 'normalize_peak', 'SpectrogramConfig',
-           'to_spectrogram', 'to_magnitude', 'griffin_lim', 'to_wave']
+           'to_spectrogram', 'to_magnitude', 'griffin_lim', 'to_wave', 'stream_wave']
 
 # %% ../nbs/02_audio.ipynb #07ac2551
 import contextlib
 import io
 import math
 import os
+import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import soundfile
 import soxr
@@ -66,8 +69,8 @@ AUDIO_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3", "
 
 # %% ../nbs/02_audio.ipynb #1cd01ac3
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all. Raises OSError where it can't be written."""
-    part = path.with_name(f".{path.name}.part")
+    """Write a file that appears whole or not at all, whoever else writes it; OSError where that can't be done."""
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         part.write_bytes(data)
         os.replace(part, path)
@@ -196,56 +199,202 @@ def to_magnitude(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
     magnitude = cfg.reference * 10 ** ((spec - 1) * cfg.top_db / 20)
     return torch.nn.functional.pad(magnitude, (0, 0, 0, 1))
 
-# %% ../nbs/02_audio.ipynb #4def3465
+# %% ../nbs/02_audio.ipynb #abdea757
+class _Frames:
+    """The windows over a wave `[B, (K - 1) * hop_length]`: its STFT `[B, K, n_fft//2 + 1]` and back, in place.
+
+    `wave` is what all the others are views of; around it lies half a window of zeros on each side.
+    """
+
+    def __init__(self, like: Tensor, cfg: SpectrogramConfig) -> None:
+        """For an STFT of the shape, type and device of the magnitude `like` `[B, K, n_fft//2 + 1]`."""
+        batch, count, _ = like.shape
+        self.n_fft, hop = cfg.n_fft, cfg.hop_length
+        self.window = torch.hann_window(self.n_fft, dtype=like.dtype, device=like.device)
+        self.padded = like.new_zeros(batch, self.n_fft + (count - 1) * hop)
+        inside = slice(self.n_fft // 2, self.n_fft // 2 + (count - 1) * hop)
+        self.wave, self.windows = self.padded[:, inside], self.padded.unfold(-1, self.n_fft, hop)
+        self.frames = like.new_empty(self.windows.shape)
+        parts = [slice(at, min(at + hop, self.n_fft)) for at in range(0, self.n_fft, hop)]  # disjoint in the wave
+        self.overlap = [(self.padded[:, p.start :].unfold(-1, p.stop - p.start, hop)[:, :count], p) for p in parts]
+        for place, part in self.overlap:
+            place += self.window[part].square()
+        self.scale = torch.zeros_like(self.padded[0])
+        self.scale[inside] = 1 / self.wave[0]
+        self.padded.zero_()
+
+    def stft(self, out: Tensor) -> None:
+        """Eq. (stft-discrete) of `wave`, as it stands."""
+        torch.mul(self.windows, self.window, out=self.frames)
+        torch.fft.rfft(self.frames, out=out)
+
+    def istft(self, stft: Tensor) -> None:
+        """Eq. (istft), into `wave`."""
+        torch.fft.irfft(stft, n=self.n_fft, out=self.frames)
+        self.padded.zero_()
+        for place, part in self.overlap:
+            place.addcmul_(self.frames[..., part], self.window[part])
+        self.padded *= self.scale
+
+# %% ../nbs/02_audio.ipynb #cbc43c7b
+def _floor(cfg: SpectrogramConfig) -> float:
+    """The magnitude that `top_db` below the reference is: that of all that is as quiet or quieter."""
+    return cfg.reference * 10 ** (-cfg.top_db / 20)
+
+
+def _gradient_phases(target: Tensor, cfg: SpectrogramConfig, seen: Tensor) -> Tensor:
+    """Phases `[B, K, rows]` for a magnitude `[B, K, rows]` whose first M frames have the phases `seen` `[B, M, rows]`.
+
+    Real-time phase-gradient heap integration (Prusa and Sondergaard 2016) of Eq. (phase-gradient), without the heap:
+    each bin follows that bin of the frame before from which Eq. (widest-path) leads to it. Phases are `_stft`'s,
+    counted from the window's start.
+    """
+    rows, hop, step = target.shape[-1], cfg.hop_length, 2 * math.pi / cfg.n_fft  # radians a sample from row to row
+    spread, known = 0.25645 * cfg.n_fft**2 / (2 * math.pi), seen.shape[1]  # the Gaussian nearest to Hann's window
+    level = target.clamp(min=_floor(cfg)).log()
+    along_time, along_rows = torch.gradient(level, dim=(1, 2))
+    own = step * torch.arange(rows, dtype=target.dtype, device=target.device)
+    advance = hop * (own + along_rows / (spread * step))
+    rise = -math.pi - spread * step / hop * along_time
+    climb = rise.cumsum(-1) - (rise + rise[..., :1]) / 2  # from row 0, by the trapezoidal rule
+    advance[:, 1:] = (advance[:, 1:] + advance[:, :-1]) / 2
+    before = torch.cat([level[:, :1], level[:, :-1]], dim=1)
+
+    levels, best = (x[:, known:].permute(2, 0, 1).flatten(1).contiguous().unbind() for x in (level, before))
+    source = torch.arange(rows, device=target.device)[:, None].repeat(1, levels[0].numel())
+    for order in (range(rows), range(rows - 1, -1, -1)):
+        for i, j in zip(order, order[1:], strict=False):
+            way = torch.minimum(best[i], levels[i])
+            torch.where(way > best[j], source[i], source[j], out=source[j])
+            torch.maximum(way, best[j], out=best[j])
+    source = source.unflatten(1, (len(target), -1)).permute(1, 2, 0)
+    phases = (advance - climb)[:, known:].gather(-1, source) + climb[:, known:]
+
+    last = seen[:, -1] if known else torch.zeros_like(target[:, 0])
+    for phase, origin in zip(phases.unbind(1), source.unbind(1), strict=True):
+        last = phase.add_(last.gather(-1, origin)).remainder_(2 * math.pi)
+    return torch.cat([seen, phases], dim=1)
+
+# %% ../nbs/02_audio.ipynb #3e19cece
+@torch.no_grad()
 def griffin_lim(
     magnitude: Tensor,
     cfg: SpectrogramConfig,
     *,
     n_iter: int = 32,
     momentum: float = 0.99,
+    init: Literal["gradient", "random"] = "gradient",
     generator: torch.Generator | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
     """Wave `[..., (frames - 1) * hop_length]` whose STFT has about this magnitude `[..., n_bins + 1, frames]`.
 
-    Fast Griffin-Lim (Perraudin et al. 2013; Eq. (fast-griffin-lim)) from random phases, which `generator` fixes;
-    `momentum=0` is the original algorithm (Griffin and Lim 1984). Batched, on the magnitude's device. Where the first
-    K samples are `known` `[..., K]`, they are put back in every iteration, and the others come in phase with them.
-    Raises ValueError for another number of rows and for fewer than two frames.
+    Fast Griffin-Lim (Perraudin et al. 2013; Eq. (fast-griffin-lim)), which with `momentum=0` is the original algorithm
+    (Griffin and Lim 1984), in place. It starts from the phases that the magnitude's slopes give (Eq. (phase-gradient));
+    `generator` fixes those that are drawn: where the magnitude is at the floor, or all of them with `init="random"`.
+    Batched, on the magnitude's device. The first P samples may be `known` `[..., P]`: they come back as they are, and
+    the others in phase with them. Raises ValueError for another number of rows, fewer than two frames, another `init`,
+    and `known` samples of another batch or more than the wave has.
     """
-    rows, frames = magnitude.shape[-2:]
-    if rows != cfg.n_bins + 1 or frames < 2:
+    rows, count = magnitude.shape[-2:]
+    if rows != cfg.n_bins + 1 or count < 2:
         raise ValueError(f"a magnitude [..., {cfg.n_bins + 1}, at least 2] is needed, not {list(magnitude.shape)}")
-    target = magnitude.reshape(-1, rows, frames)
-    length, device = (frames - 1) * cfg.hop_length, generator.device if generator else None
-    draw = torch.rand(target.shape, generator=generator, dtype=target.dtype, device=device)
-    estimate = torch.polar(target, 2 * torch.pi * draw.to(target.device))
-    previous = torch.zeros_like(estimate)
-    for _ in range(n_iter):
-        wave = _istft(estimate, cfg, length)
-        if known is not None:
-            wave[:, : known.shape[-1]] = known.reshape(len(wave), known.shape[-1])
-        consistent = _stft(wave, cfg)
-        estimate = target * torch.sgn(consistent + momentum * (consistent - previous))
-        previous = consistent
-    return _istft(estimate, cfg, length).reshape(*magnitude.shape[:-2], length)
+    if init not in ("gradient", "random"):
+        raise ValueError(f"init must be 'gradient' or 'random', not {init!r}")
+    shape = *magnitude.shape[:-2], (count - 1) * cfg.hop_length
+    past = magnitude.new_empty(*shape[:-1], 0) if known is None else known.to(magnitude)
+    if past.shape[:-1] != shape[:-1] or past.shape[-1] > shape[-1]:
+        raise ValueError(f"known samples must be {list(shape[:-1])} by at most {shape[-1]}, not {list(past.shape)}")
+    target = magnitude.reshape(-1, rows, count).mT.contiguous()
+    past = past.reshape(len(target), past.shape[-1])
+    frames, power = _Frames(target, cfg), torch.empty_like(target)
+    begin, tiny = frames.wave[:, : past.shape[-1]], torch.finfo(target.dtype).tiny
 
-# %% ../nbs/02_audio.ipynb #c222cb6f
+    device = generator.device if generator else None
+    draw = torch.rand(len(target), rows, count, generator=generator, dtype=target.dtype, device=device)
+    phases = 2 * math.pi * draw.to(target.device).mT
+    consistent = torch.empty(target.shape, dtype=target.dtype.to_complex(), device=target.device)
+    if init == "gradient":
+        begin.copy_(past)
+        frames.stft(consistent)
+        whole = max(0, 1 + (past.shape[-1] - cfg.n_fft // 2) // cfg.hop_length)  # windows within the known samples
+        found = _gradient_phases(target, cfg, consistent[:, :whole].angle())
+        phases = torch.where(target > 1.001 * _floor(cfg), found, phases)
+
+    torch.polar(target, phases, out=consistent)
+    estimate, squares = torch.zeros_like(consistent), target.new_empty(*target.shape[:-1], 2 * rows)
+    frames.istft(consistent)
+    for _ in range(n_iter):
+        begin.copy_(past)
+        frames.stft(consistent)
+        torch.sub(consistent, estimate, alpha=momentum / (1 + momentum), out=estimate)  # it held the last `consistent`
+        parts = torch.view_as_real(estimate).flatten(-2)  # real, imaginary, real, ...
+        torch.mul(parts, parts, out=squares)
+        torch.add(squares[..., ::2], squares[..., 1::2], out=power)
+        estimate *= power.add_(tiny).rsqrt_().mul_(target)
+        frames.istft(estimate)
+        estimate, consistent = consistent, estimate
+
+    error = (past - begin)[:, -(cfg.n_fft // 2) :].flip(-1)  # it fades out beyond the join, which thus has no step
+    error *= torch.hann_window(2 * error.shape[-1], dtype=target.dtype, device=target.device)[error.shape[-1] :]
+    after = frames.wave[:, past.shape[-1] :][:, : error.shape[-1]]
+    after += error[:, : after.shape[-1]]
+    begin.copy_(past)
+    return frames.wave.reshape(shape)
+
+# %% ../nbs/02_audio.ipynb #366842b3
 def to_wave(
     spec: Tensor,
     cfg: SpectrogramConfig,
     *,
     n_iter: int = 32,
+    init: Literal["gradient", "random"] = "gradient",
     generator: torch.Generator | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
     """Sound `[..., frames * hop_length]` of a spectrogram `[..., n_bins, frames]` in [0, 1] (section III-E).
 
     The last frame is repeated for half a window, so that every sample lies under as many windows as any other, and what
-    is added is cut off again. `generator` and `known` are `griffin_lim`'s.
+    is added is cut off again. The keywords are `griffin_lim`'s.
     Raises ValueError for another number of rows, no frames, or values that are not finite.
     """
     frames, extra = spec.shape[-1], math.ceil(cfg.n_fft / (2 * cfg.hop_length))
     target = to_magnitude(torch.cat([spec, *[spec[..., -1:]] * extra], dim=-1), cfg)
-    wave = griffin_lim(target, cfg, n_iter=n_iter, generator=generator, known=known)
+    wave = griffin_lim(target, cfg, n_iter=n_iter, init=init, generator=generator, known=known)
     return wave[..., : frames * cfg.hop_length]
+
+# %% ../nbs/02_audio.ipynb #563b9a04
+def stream_wave(
+    specs: Iterable[Tensor],
+    cfg: SpectrogramConfig,
+    *,
+    n_iter: int = 32,
+    generator: torch.Generator | None = None,
+    known: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Sound `[..., t]` of a spectrogram that comes in pieces `[..., n_bins, any number of frames]`, while it comes.
+
+    Joined, the sounds are as long as `to_wave`'s of the joined pieces, and for pieces of half a second or more about as
+    good. After each piece all is handed out but the last four windows (`4 * n_fft` samples, up to whole hops), which
+    wait for the next piece or the end: this is the latency. Of what was handed out two windows are kept, so memory
+    depends on the largest piece alone.
+    With `known` samples `[..., P]`, a whole number of hops, the pieces begin with their frames; the new sound alone is
+    handed out, in phase with them (Eq. (known)). Raises what `to_wave` does, and ValueError for a part of a hop.
+    """
+    hop = cfg.hop_length
+    window = math.ceil(cfg.n_fft / hop) * hop
+    spec = past = rest = None
+    for piece in specs:
+        if spec is None or past is None:
+            spec, past = piece[..., :0], piece[..., 0, :0] if known is None else known
+            if past.shape[-1] % hop:
+                raise ValueError(f"{past.shape[-1]} known samples are no whole number of hops ({hop}); cut their start")
+        spec = torch.cat([spec, piece], dim=-1)
+        new = to_wave(spec, cfg, n_iter=n_iter, generator=generator, known=past)[..., past.shape[-1] :]
+        settled = max(new.shape[-1] - 4 * window, 0)
+        past, rest = torch.cat([past, new[..., :settled]], dim=-1)[..., -2 * window :], new[..., settled:]
+        spec = spec[..., spec.shape[-1] - (past.shape[-1] + rest.shape[-1]) // hop :]
+        if settled:
+            yield new[..., :settled]
+    if rest is not None and rest.shape[-1]:
+        yield rest

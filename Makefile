@@ -52,4 +52,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt settings.ini | $(BIN)/pip
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps k-diffusion
 	@touch $@

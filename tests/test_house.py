@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "generate": {"audio", "unet", "edm", "sampler"},
     "distance": {"audio"},
     "music": {"audio"},
-    "novelty": {"audio", "data"},
+    "novelty": {"audio", "data", "distance"},
     "evaluate": {"audio", "data", "generate", "distance", "music", "novelty"},
     "show": {"audio"},
 }
@@ -38,6 +38,8 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # The contract: the parameters that each public name has at least, in this order, those after "*" by name.
 SAMPLER = ("denoise latents cond * sigmas num_steps sigma_min sigma_max rho S_churn S_min S_max S_noise randn_like "
            "dtype callback")
+STOCHASTIC = ("denoise latents cond * sigmas num_steps sigma_min sigma_max rho eta S_noise randn_like dtype "
+              "callback")
 CONTRACT = {
     "audio.SpectrogramConfig": "sample_rate n_fft hop_length n_frames top_db",
     "audio.load_audio": "path sample_rate",
@@ -54,6 +56,9 @@ CONTRACT = {
     "edm.edm_loss": "denoiser y cond * P_mean P_std generator",
     "sampler.heun_sample": SAMPLER,
     "sampler.euler_sample": SAMPLER,
+    "sampler.dpmpp_2m_sample": "denoise latents cond * sigmas num_steps sigma_min sigma_max rho dtype callback",
+    "sampler.euler_ancestral_sample": STOCHASTIC,
+    "sampler.dpmpp_3m_sde_sample": STOCHASTIC,
     "generate.Piano.from_pretrained": "name_or_path device",
     "generate.Piano.generate": "seconds * seed prompt sampler num_steps guidance callback",
     "generate.Piano.stream": "seconds * seed prompt sampler num_steps guidance callback",
@@ -75,7 +80,7 @@ COMMANDS = {
     "continue": "--seconds --out",
     "prepare": "--preset",
     "train": "--preset --init",
-    "evaluate": "--out --training --embeddings --seed",
+    "evaluate": "--out --pieces --training --transpose --embeddings --seed",
     "info": "",
 }
 
@@ -179,8 +184,9 @@ def test_contract(name: str):
 
 
 def test_samplers_differ_in_nothing_but_the_method():
-    names = [name for name in CONTRACT if name.startswith("sampler.")]
-    assert len({str(inspect.signature(resolve(name))) for name in names}) == 1
+    for kind in (SAMPLER, STOCHASTIC):
+        names = [name for name in CONTRACT if CONTRACT[name] == kind]
+        assert len(names) == 2 and len({str(inspect.signature(resolve(name))) for name in names}) == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)

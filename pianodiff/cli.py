@@ -219,15 +219,22 @@ def snapshot(model: Path, images: int) -> None:
 # %% ../nbs/10_cli.ipynb #77bff308
 def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
              reference: Annotated[str, tyro.conf.arg(metavar="REFERENCE")], /, *, out: Path = Path("report.html"),
-             training: str | None = None, embeddings: tuple[str, ...] = ("logmel",), splits: tuple[str, ...] = (),
-             blocks: int = 2000, seed: int = 0, cache: Path | None = None, soundfont: Path | None = None) -> None:
+             pieces: int = 10, seconds: float = 61.44, steps: int = 40, sampler: str = "heun",
+             training: str | None = None, transpose: int = 0, embeddings: tuple[str, ...] = ("logmel",),
+             splits: tuple[str, ...] = (), blocks: int = 2000, seed: int = 0, cache: Path | None = None,
+             soundfont: Path | None = None) -> None:
     """Measure generated music against real music: distances, notes, joins, drift, copies.
 
     Args:
-        generated: a folder of sound files, each begun with a block, as `pianodiff generate` writes them
+        generated: a model (a shipped name, a folder, or a Hub id); or a folder of sound files, each begun with a block
         reference: real music that the model was not trained on: whatever `prepare` takes
         out: the page to write (.html); the same figures go into a .json beside it
+        pieces: how many a model makes, by seeds that count up from the seed
+        seconds: length of each of them
+        steps: sampling steps a block
+        sampler: heun, euler or dpmpp_2m
         training: the store that the model was trained on, to search for copies
+        transpose: search for copies up to this many semitones higher or lower
         embeddings: logmel, vggish, vggish=FILE, or the name or folder of a Hugging Face audio encoder
         splits: only these of the reference's train, validation and test; all by default
         blocks: how many blocks of the reference to read
@@ -238,13 +245,16 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
     _check_output(out, (".html",))
     from pianodiff.evaluate import evaluate as evaluate_music
 
-    results = evaluate_music(generated, reference, out, training=training, embeddings=embeddings, splits=splits,
+    results = evaluate_music(generated, reference, out, pieces=pieces, seconds=seconds, steps=steps, sampler=sampler,
+                             training=training, transpose=transpose, embeddings=embeddings, splits=splits,
                              blocks=blocks, seed=seed, cache=cache, soundfont=soundfont)
     for name, table in results["distances"].items():
         figures = ", ".join(f"{row} {found['frechet']:.4g}" for row, found in table.items())
         print(f"Fréchet distance ({name}): {figures}")
+    making, evaluating = (results["seconds"][part] for part in ("making", "evaluating"))
     print(f"{out} and {out.with_suffix('.json')}: {results['generated']['blocks']} generated blocks beside "
-          f"{results['reference']['blocks']} real ones, in {results['seconds']:.0f} s")
+          f"{results['reference']['blocks']} real ones, in {evaluating:.0f} s" +
+          (f" after {making:.0f} s of generation" if making else ""))
 
 # %% ../nbs/10_cli.ipynb #e254f31f
 def _rows(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

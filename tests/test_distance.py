@@ -26,6 +26,7 @@ from pianodiff.distance import (
     frechet_infinity,
     interval,
     kernel_distance,
+    kernel_distance_to,
     load_embedding,
     median_distance,
     vggish_examples,
@@ -104,6 +105,13 @@ def test_frechet_is_scipys(dim):
     assert frechet_distance(b, a) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_moments_that_grow_are_measured_anew():
+    x, y = normal(40, 3), normal(50, 3, seed=1) + 1
+    growing = Moments.of(x[:20])
+    assert frechet_distance(growing, Moments.of(y)) != frechet_distance(growing.update(x[20:]), Moments.of(y))
+    assert frechet_distance(growing, Moments.of(y)) == pytest.approx(frechet_distance(Moments.of(x), Moments.of(y)))
+
+
 def test_frechet_of_diagonal_gaussians_is_the_closed_form():
     mu, nu, s, t = normal(4, 9)
     a, b = gaussian(mu, torch.diag(s**2)), gaussian(nu, torch.diag(t**2))
@@ -178,6 +186,7 @@ def test_kernel_distance_is_the_double_sum():
     assert median_distance(y) == pytest.approx(pairs[(len(pairs) - 1) // 2])
     assert kernel_distance(x, y) == pytest.approx(naive_mmd(x, y, median_distance(y)), rel=1e-9)
     assert kernel_distance(x, y, bandwidth=0.7) == pytest.approx(naive_mmd(x, y, 0.7), rel=1e-9)
+    assert kernel_distance_to(y, bandwidth=0.7)(x) == kernel_distance(x, y, bandwidth=0.7)
     assert kernel_distance(100 * x, 100 * y) == pytest.approx(kernel_distance(x, y), rel=1e-9)
 
 
@@ -660,20 +669,21 @@ def test_bad_clips_and_bad_points_are_refused(tmp_path):
 
 KILLED = """
 import os, signal, sys
+from pathlib import Path
 import torch
 import pianodiff.distance as distance
 
-write, count = distance.save_file, 0
+write, count = Path.write_bytes, 0
 
-def save_file(tensors, path):
+def write_bytes(path, data):
     global count
     count += 1
-    if count == 3:  # killed with the third file half written
-        path.write_bytes(b"half")
+    if count == 4:  # killed with the third file after the record half written
+        write(path, data[: len(data) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
-    write(tensors, path)
+    return write(path, data)
 
-distance.save_file = save_file
+Path.write_bytes = write_bytes
 waves = torch.load(sys.argv[1], weights_only=True)
 distance.embed(distance.LogMel(), waves, 8000, cache=sys.argv[2], batch_size=4)
 """

@@ -2,14 +2,16 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soxr
 import torch
 from matplotlib import image
 
-from pianodiff.audio import SpectrogramConfig, save_audio
+from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, save_audio
 from pianodiff.cli import main
 from pianodiff.data import example_performance, prepare
 from pianodiff.distance import load_embedding
@@ -20,6 +22,7 @@ from pianodiff.evaluate import (
     distances,
     evaluate,
     in_order,
+    make_pieces,
     noise_like,
     novelty,
     plot_training,
@@ -33,6 +36,8 @@ from pianodiff.evaluate import (
     split_pieces,
     training_curves,
 )
+from pianodiff.generate import Piano
+from pianodiff.music import JOIN_MEASURES, retrieval_residue
 
 CFG = SpectrogramConfig()
 BLOCK = CFG.block_samples
@@ -117,6 +122,55 @@ def test_no_title_is_on_both_sides():
         split_pieces([piece(9, "alone")], 2, CFG)
 
 
+# pieces by a model
+
+def made_by_nano(cache: Path, **settings) -> list[Piece]:
+    return make_pieces("nano", cache, **{"pieces": 2, "seconds": 4.2, "steps": 2, "seed": 3, **settings})
+
+
+def test_a_models_pieces_have_their_seeds_and_their_spectrograms(tmp_path):
+    made = made_by_nano(tmp_path)
+    assert [piece.name for piece in made] == ["seed 3", "seed 4"]
+    for seed, piece in zip((3, 4), made, strict=True):
+        assert piece.wave.shape == (2 * BLOCK,)
+        expected = Piano.from_pretrained("nano").spectrogram(2 * CFG.block_seconds, seed=seed, num_steps=2)
+        torch.testing.assert_close(piece.spec, expected, atol=1e-4, rtol=0)
+        assert retrieval_residue(piece.spec, piece.wave, CFG).median() < -6
+    assert made_by_nano(tmp_path, seconds=2.1)[0].wave.shape == (BLOCK,)
+
+
+def test_pieces_are_made_once_and_anew_where_settings_differ(tmp_path, monkeypatch):
+    made = made_by_nano(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2
+    monkeypatch.setattr(Piano, "spectrogram", lambda *args, **kwargs: pytest.fail("made again"))
+    for piece, same in zip(made, made_by_nano(tmp_path), strict=True):
+        assert torch.equal(piece.wave, same.wave) and torch.equal(piece.spec, same.spec)
+    made_by_nano(tmp_path, pieces=1, seed=4)
+    monkeypatch.undo()
+    files[0].write_bytes(files[0].read_bytes()[:-100])  # damaged
+    for piece, same in zip(made, made_by_nano(tmp_path), strict=True):
+        assert torch.equal(piece.wave, same.wave)
+    for n, settings in enumerate(({"steps": 3}, {"sampler": "euler"}, {"seed": 7}, {"seconds": 2.5}), 1):
+        made_by_nano(tmp_path, pieces=1, **settings)
+        assert len(list(tmp_path.iterdir())) == 2 + n
+
+
+def test_interrupted_work_goes_on_where_it_was(tmp_path, monkeypatch):
+    spectrogram, calls = Piano.spectrogram, []
+
+    def interrupted(self, *args, seed, **kwargs):
+        calls.append(seed)
+        if seed == 5 and calls.count(5) == 1:
+            raise KeyboardInterrupt
+        return spectrogram(self, *args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(Piano, "spectrogram", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made_by_nano(tmp_path, pieces=3, seconds=2.1)
+    assert len(made_by_nano(tmp_path, pieces=3, seconds=2.1)) == 3 and calls.count(3) == 1
+
+
 # rows
 
 def test_rows_are_what_they_say():
@@ -166,6 +220,10 @@ def test_strangers_are_heard_and_neighbours_are_not(music):
     pieces = read_pieces(music / "real", CFG)[0]
     neighbours = seams([retrieved(p, CFG) for p in pieces], CFG)
     strangers = seams(rejoined(pieces, CFG, across=True), CFG)
+    assert neighbours.keys() == strangers.keys() == JOIN_MEASURES.keys()
+    assert strangers["residue"]["low"] > 0.8 > neighbours["residue"]["auc"]
+    assert strangers["residue"]["join"] > strangers["residue"]["inside"] + 3
+    assert seams(pieces, CFG).keys() == JOIN_MEASURES.keys() - {"residue"}  # nothing is known of their spectrograms
     assert strangers["chroma"]["auc"] > neighbours["chroma"]["auc"] + 0.1 or strangers["chroma"]["auc"] < 0.4
     assert neighbours["flux"]["low"] < 0.6
     moved = rejoined(pieces, CFG, across=False)
@@ -187,9 +245,17 @@ def test_a_planted_copy_is_found(music, tmp_path):
     made = read_pieces(music / "made", CFG)[0]
     stolen = Piece("stolen.wav", "stolen", 0.5 * pieces[name].wave[1000 : 1000 + 2 * BLOCK])
     found, sides = novelty([*made, stolen], made, tmp_path / "store", CFG)
-    first = found["pairs"][0]
-    assert first["query"] >= len(clips_of(made, CFG)) and first["recording"] == name.replace(" ", "%20")
-    assert found["verdict"]["suspicious"][0] == first["query"] and sides[0][0].shape == (CFG.n_bins, CFG.n_frames)
+    for search, verdict in found.items():
+        first = verdict["pairs"][0]
+        assert first["query"] >= len(clips_of(made, CFG)) and first["recording"] == name.replace(" ", "%20")
+        assert verdict["verdict"]["suspicious"][0] == first["query"]
+        assert sides[search][0][0].shape == (CFG.n_bins, CFG.n_frames)
+        assert {row: len(ratios) for row, ratios in verdict["ratios"].items()} == {"model": 14, "held out": 12}
+    assert list(found) == ["spectrogram", "logmel"]
+    higher = Piece("higher.wav", "higher", torch.from_numpy(soxr.resample(stolen.wave.numpy(), 2 ** (2 / 12), 1)))
+    higher = higher._replace(wave=higher.wave[:BLOCK])
+    found, _ = novelty([*made, higher], made, tmp_path / "store", CFG, transpose=2)
+    assert found["spectrogram"]["pairs"][0]["query"] == 12 and found["spectrogram"]["pairs"][0]["transposition"] == 2
     blocks = spectrogram_blocks([stolen], CFG)
     assert blocks.shape == (2, CFG.n_bins, CFG.n_frames)
 
@@ -232,7 +298,9 @@ def test_a_runs_course_is_drawn_with_its_samples(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*without full rank")
 def test_the_report_is_whole_and_the_same_twice(music, tmp_path, capsys):
     assert main(["evaluate", f"{music}/made", f"{music}/real", "--out", f"{tmp_path}/a.html", "--blocks", "30"]) == 0
-    assert "Fréchet distance (logmel" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "Fréchet distance (logmel" in told.out
+    assert len(re.findall(r"^warning: .*without full rank", told.err, re.M)) == 1
     evaluate(music / "made", music / "real", tmp_path / "b.html", blocks=30)
     as_json = [json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab"]
     for results in as_json:
@@ -241,14 +309,45 @@ def test_the_report_is_whole_and_the_same_twice(music, tmp_path, capsys):
     assert as_json[0]["generated"]["blocks"] == 12 == as_json[0]["others"]["blocks"]
     page = (tmp_path / "a.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page) and "<audio" in page and page.count("data:image/png") >= 4
-    for row in ("real", "retrieved", "model", "shifted", "shuffled", "noise"):
+    for row in ("real", "retrieved", "model: made", "shifted", "shuffled", "noise"):
         assert f"<td>{row}</td>" in page
+    assert "residue" in as_json[0]["joins"]["strangers"] and "residue" not in as_json[0]["joins"]["model"]
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["a.html", "a.json", "b.html", "b.json"]
 
 
+@pytest.mark.filterwarnings("ignore:.*without full rank")
+def test_a_model_is_evaluated_by_its_name_and_its_command_gives_the_same(music, tmp_path, monkeypatch):
+    monkeypatch.chdir(music)
+    prepare(music / "real", tmp_path / "store", CFG, splits=["train"], jobs=1)
+    command = f"evaluate nano real --out {tmp_path}/a.html --pieces 2 --seconds 8.2 --steps 2 --seed 1 " \
+              f"--training {tmp_path}/store --transpose 1 --blocks 30"
+    assert main(shlex.split(command)) == 0
+    first = json.loads((tmp_path / "a.json").read_text())
+    assert first["seconds"]["making"] > 0 and first["generated"]["name"] == "nano" and first["generated"]["blocks"] == 8
+    assert 0 <= first["joins"]["model"]["residue"]["auc"] <= 1
+    page = (tmp_path / "a.html").read_text()
+    assert "<td>model: nano</td>" in page and "by logmel" in page and "The closest pairs by spectrogram" in page
+    program, *words = shlex.split(first["command"])
+    assert program == "pianodiff"
+    assert main([*words, "--out", f"{tmp_path}/b.html", "--cache", f"{tmp_path}/a.cache"]) == 0
+    second = json.loads((tmp_path / "b.json").read_text())
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_a_store_of_other_spectrograms_is_refused(music, tmp_path):
+    prepare(music / "made", tmp_path / "store", SPECTROGRAMS["paper-128"], splits=["train"], jobs=1)
+    with pytest.raises(ValueError, match="holds other spectrograms than nano's"):
+        evaluate("nano", music / "real", tmp_path / "x.html", training=tmp_path / "store")
+
+
 @pytest.mark.parametrize("arguments, words", [
-    (["nowhere", "real"], "nowhere does not exist"),
+    (["nowhere", "real"], "nowhere is no folder of sound files, and there is no model 'nowhere'"),
+    (["nano", "real", "--steps", "0", "--cache", "kept"], "num_steps"),
+    (["nano", "real", "--seconds", "1"], "hold no block"),
+    (["nano", "real", "--pieces", "0"], "hold no block"),
+    (["nano", "real", "--sampler", "best"], "no sampler 'best'"),
+    (["nano", "nowhere"], "nowhere does not exist"),
     (["made", "nowhere"], "nowhere does not exist"),
     (["empty", "real"], "no sound file"),
     (["made", "real", "--out", "report.pdf"], "must end in .html"),

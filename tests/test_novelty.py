@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pianodiff.audio import SpectrogramConfig, save_audio, to_spectrogram, to_wave
 from pianodiff.data import prepare
+from pianodiff.distance import LogMel
 from pianodiff.novelty import (
     LOWEST_PITCH,
     Corpus,
@@ -183,6 +184,37 @@ def test_silent_passages_are_near_to_nothing(tmp_path):
     assert found.recording[0][0] == "0.wav" and abs(int(found.frame[0, 0]) - 51) <= 1
 
 
+def test_the_embedding_is_searched_exactly(corpus):
+    """Against LogMel's points one by one, of passages half a block apart, level with each other."""
+    def point(block):
+        levels = LogMel.levels(block, CFG)
+        return LogMel.points(levels - levels.mean())
+
+    queries = torch.stack([corpus.block("03.wav", 200), corpus.block("00.wav", 40).flip(1)])
+    found = corpus.nearest_heard(queries, k=12)
+    title = {r["id"]: r["title"] for r in corpus.recordings}
+    for q, query in enumerate(queries):
+        nearest = {}
+        for r in corpus.recordings:
+            for frame in range(0, r["frames"] - 63, 32):
+                distance = float((point(corpus.block(r["id"], frame)) - point(query)).norm())
+                nearest[r["title"]] = min(nearest.get(r["title"], (9e9,)), (distance, r["id"], frame))
+        expected = sorted(nearest.values())
+        torch.testing.assert_close(found.distance[q], torch.tensor([e[0] for e in expected]), atol=1e-4, rtol=1e-4)
+        assert (found.recording[q][0], int(found.frame[q, 0])) == expected[0][1:]
+        assert len({title[name] for name in found.recording[q]}) == 12
+
+
+def test_copies_are_heard_at_any_level_and_silence_is_none(corpus):
+    originals, places = blocks_of(corpus, 210)
+    found = corpus.nearest_heard((originals - 6 / 80).clamp(min=0), k=6)
+    assert sum(names[0] == place[0] for names, place in zip(found.recording, places, strict=True)) >= len(places) - 1
+    assert novelty_ratio(found).median() < 0.6 and not found.transposition.any()
+    still = corpus.nearest_heard(torch.stack([torch.zeros(CFG.n_bins, 64), originals[0]]), k=4)
+    assert novelty_ratio(still)[0] == 1 > novelty_ratio(still)[1]
+    assert found[2:4].recording == found.recording[2:4] and torch.equal(found[2:4].frame, found.frame[2:4])
+
+
 def test_same_twice_and_in_parts(corpus):
     blocks, _ = blocks_of(corpus, 300)
     a, b = corpus.nearest(blocks, k=6, transpose=1), corpus.nearest(blocks, k=6, transpose=1)
@@ -204,6 +236,7 @@ def test_long_recordings_are_searched_in_stretches(corpus, monkeypatch):
 def test_the_cache_is_keyed_by_content_and_survives_damage(store, corpus, tmp_path):
     cache = tmp_path / "deep" / "cache"
     assert torch.equal(Corpus.of(store, cache=cache, progress=False).bands, corpus.bands)
+    assert torch.equal(Corpus.of(store, cache=cache, progress=False).points, corpus.points)
     (file,) = cache.iterdir()
     whole = file.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"x" * 500, whole[:-1] + bytes([whole[-1] ^ 1])):
@@ -219,7 +252,7 @@ def test_the_cache_is_keyed_by_content_and_survives_damage(store, corpus, tmp_pa
 
 def test_a_warm_cache_is_used(store, tmp_path, monkeypatch):
     Corpus.of(store, cache=tmp_path, progress=False)
-    monkeypatch.setattr("pianodiff.novelty._coarse", None)
+    monkeypatch.setattr("pianodiff.novelty._digested", None)
     Corpus.of(store, cache=tmp_path, progress=False)
     monkeypatch.setattr("pianodiff.novelty._VERSION", 0)    # of another version it is not
     with pytest.raises(TypeError):
@@ -241,7 +274,7 @@ class Largest(TorchDispatchMode):
 
 def test_memory_does_not_grow_with_queries_times_windows(corpus, monkeypatch):
     monkeypatch.setattr("pianodiff.novelty._STRETCH", 128)
-    many = Corpus(corpus.store, corpus.split, corpus.recordings * 10, corpus.bands.repeat(10, 1))
+    many = Corpus(corpus.store, corpus.split, corpus.recordings * 10, corpus.bands.repeat(10, 1), corpus.points)
     block = corpus.block("00.wav", 9)
     with Largest() as largest:
         many.nearest(block.expand(300, -1, -1), k=3)
@@ -258,6 +291,9 @@ def test_what_nearest_refuses(store, corpus, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             corpus.nearest(bad, **options)
+        if "transpose" not in options:
+            with pytest.raises(ValueError, match=message):
+                corpus.nearest_heard(bad, **options)
     for name, frame in (("none.wav", 0), ("00.wav", -1), ("00.wav", 10**6)):
         with pytest.raises(ValueError, match=name):
             corpus.block(name, frame)

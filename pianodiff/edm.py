@@ -29,10 +29,11 @@ def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 8
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 # %% ../nbs/05_edm.ipynb #eac780c8
-def preconditioning(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The factors `c_skip, c_out, c_in, c_noise` at noise level `sigma` > 0, each of its shape: Eqs. (28)-(31)."""
-    total = (sigma**2 + sigma_data**2).sqrt()  # standard deviation of data and noise together
-    return (sigma_data / total) ** 2, sigma * sigma_data / total, 1 / total, sigma.log() / 4
+def preconditioning(sigma: Tensor | float, sigma_data: float = 0.5) -> tuple[Any, Any, Any, Any]:
+    """The factors `c_skip, c_out, c_in, c_noise` at `sigma` > 0, numbers or tensors as it is: Eqs. (28)-(31)."""
+    total = (sigma**2 + sigma_data**2) ** 0.5  # standard deviation of data and noise together
+    log = sigma.log() if isinstance(sigma, Tensor) else math.log(sigma)
+    return (sigma_data / total) ** 2, sigma * sigma_data / total, 1 / total, log / 4
 
 # %% ../nbs/05_edm.ipynb #fcf53c3d
 class Denoiser(nn.Module):
@@ -60,12 +61,13 @@ class Denoiser(nn.Module):
         sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device)
         if sigma.numel() not in (1, len(x)):
             raise ValueError(f"sigma must hold 1 value or one for each of the {len(x)} items, not {sigma.numel()}")
-        c_skip, c_out, c_in, c_noise = preconditioning(sigma.reshape(-1, *[1] * (x.ndim - 1)), self.sigma_data)
-        c_noise = c_noise.flatten().expand(len(x))
-        F_x = self.net((c_in * x).to(net_dtype), c_noise.to(net_dtype), _cast(cond, net_dtype))
+        level = float(sigma) if sigma.numel() == 1 else sigma.reshape(-1, *[1] * (x.ndim - 1))  # one: plain numbers
+        c_skip, c_out, c_in, c_noise = preconditioning(level, self.sigma_data)
+        c_noise = torch.as_tensor(c_noise, dtype=net_dtype, device=x.device).flatten().expand(len(x))
+        F_x = self.net((c_in * x.to(dtype)).to(net_dtype), c_noise, _cast(cond, net_dtype))
         if F_x.shape != x.shape:
             raise ValueError(f"the network returned shape {tuple(F_x.shape)} for an input of {tuple(x.shape)}")
-        return (c_skip * x + c_out * F_x).to(x.dtype)
+        return (c_skip * x.to(dtype) + c_out * F_x.to(dtype)).to(x.dtype)
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
         """The nearest noise level the network knows: `sigma` itself."""

@@ -164,7 +164,7 @@ def mutated(function, old: str, new: str):
 
 @pytest.mark.parametrize("name, options, old, new", [
     ("heun", {}, "if t_next > 0:", "if False:"),  # no corrector
-    ("heun", {}, "(d_cur + d_prime) / 2", "d_prime"),
+    ("heun", {}, "/ 2 * (d_cur + d_prime)", "* d_prime"),
     ("dpmpp_2m", {}, "(2 * h[i - 1])", "(2.001 * h[i - 1])"),
     ("dpmpp_3m_sde", {"eta": 1.0}, "w_2 / 2", "w_2"),  # the whole parabola: chapter 7 shows what it does
     ("euler_ancestral", {"eta": 1.0}, "t_up = eta", "t_up = 0.999 * eta"),

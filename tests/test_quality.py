@@ -1,0 +1,77 @@
+"""The choice of the sampler's setting (bench/quality.py): the rule, and a whole run with a tiny untrained network."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from test_generate import LARGE, tiny_piano
+
+from pianodiff.audio import SPECTROGRAMS, save_audio
+from pianodiff.data import example_performance
+from pianodiff.generate import Piano
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "bench")
+    import quality
+
+    return quality
+
+
+def table(**ratios: list[tuple[int, float, float]]) -> list[dict]:
+    """Settings of each sampler: evaluations, and the upper ends of both intervals."""
+    return [{"sampler": sampler, "evaluations": n, "frechet_ratio_interval": [0.8, frechet],
+             "kernel_ratio_interval": [0.8, kernel]}
+            for sampler, rows in ratios.items() for n, frechet, kernel in rows]
+
+
+HEUN = [(9, 1.4, 1.3), (35, 1.02, 1.04), (79, 1.0, 1.0)]
+
+
+@pytest.mark.parametrize("dpmpp, chosen", [
+    ([(5, 1.2, 1.2), (12, 1.01, 1.05), (20, 1.0, 0.9)], ("dpmpp_2m", 12)),
+    ([(5, 1.2, 1.2), (12, 1.01, 1.06), (20, 1.0, 0.9)], ("dpmpp_2m", 20)),  # one distance is not enough
+    ([(5, 1.0, 1.0), (12, 1.1, 1.0), (20, 1.0, 0.9)], ("dpmpp_2m", 20)),  # 5 was lucky
+    ([(5, 1.0, 1.0), (12, 1.0, 1.0), (20, 1.0, 1.2)], ("heun", 35)),
+])
+def test_the_cheapest_that_keeps_the_rule_with_all_dearer_ones_is_chosen(quality, dpmpp, chosen):
+    found = quality.cheapest(table(heun=HEUN, dpmpp_2m=dpmpp))
+    assert (found["sampler"], found["evaluations"]) == chosen
+
+
+@pytest.mark.filterwarnings("ignore:1. clips in 96 dimensions")
+def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "LADDER", [("heun", 2), ("heun", 4), ("dpmpp_2m", 4)])
+    monkeypatch.setattr(quality, "BASELINE", ("heun", 4))
+    monkeypatch.setattr(quality, "SOLUTION", ("heun", 4))
+    tiny_piano(SPECTROGRAMS["nano"], LARGE).save_pretrained(tmp_path / "tiny")
+    (tmp_path / "real").mkdir()
+    for seed in range(10):
+        save_audio(tmp_path / "real" / f"{seed}.flac", example_performance(4.2 if seed else 2.1, seed))  # one is short
+
+    def run() -> dict:
+        quality.main(tmp_path / "real", model=str(tmp_path / "tiny"), pieces=4, seconds=4.1, splits=(), blocks=19,
+                     cache=tmp_path / "cache")
+        return json.loads((tmp_path / "tiny" / "steps.json").read_text())
+
+    first = run()
+    printed = capsys.readouterr().out.splitlines()
+    heun_2, heun_4, dpmpp = first["settings"]
+    assert [row["evaluations"] for row in first["settings"]] == [3, 7, 4] and first["blocks"] == 8
+    assert heun_4["frechet_ratio"] == heun_4["kernel_ratio"] == 1 and heun_4["frechet_ratio_interval"] == [1, 1]
+    assert heun_4["rms_db"] == 0 < dpmpp["rms_db"] < heun_2["rms_db"]
+    assert heun_2["frechet_ratio"] == pytest.approx(heun_2["frechet"] / heun_4["frechet"]) != 1
+    assert 0 < first["controls"]["real"]["kernel"] < first["controls"]["noise"]["kernel"]
+    loud = example_performance(4.2, 0)[None] / 2
+    assert quality.level_of(10 * loud) == pytest.approx(quality.level_of(loud) + 20)
+    assert len({heun_2["level"], heun_4["level"], first["reference"]["level"]}) == 3
+    assert set(heun_4["joins"]) >= {"flux", "residue"} and 0 <= heun_4["joins"]["flux"] <= 1
+    weights = (tmp_path / "tiny" / "model.safetensors").read_bytes()
+    assert first["weights"] == hashlib.sha256(weights).hexdigest()
+    assert printed[-1].endswith(f"{first['choice']['evaluations']} evaluations") and "heun" in printed[1]
+
+    monkeypatch.setattr(Piano, "spectrogram", None)  # all is in the cache
+    again = run()
+    assert again["settings"] == first["settings"] and again["controls"] == first["controls"]

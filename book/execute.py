@@ -42,7 +42,8 @@ def modules_of(code: str) -> set[Path]:
     names = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom):
-            names.add(node.module if node.level == 0 else f"pianodiff.{node.module}")
+            name = node.module if node.level == 0 else f"pianodiff.{node.module or '__init__'}"
+            names.add("pianodiff.__init__" if name == "pianodiff" else name)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
     found = {ROOT / f"{name.replace('.', '/')}.py" for name in names if name and name.startswith("pianodiff.")}

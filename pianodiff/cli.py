@@ -5,16 +5,24 @@ __all__ = ['Sampling', 'generate', 'continue_', 'prepare', 'train', 'snapshot', 
 
 # %% ../nbs/10_cli.ipynb #3ec753f5
 import io
+import os
+import struct
 import sys
 import tempfile
 import time
+import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from . import NUM_STEPS, SAMPLER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +62,77 @@ def _progress_bar() -> Iterator[Callable[["Progress"], None]]:
         for bar in bars:
             bar.close()
 
+# %% ../nbs/10_cli.ipynb #6a8948d8
+@contextmanager
+def _sound_file(path: Path, rate: int) -> Iterator[Callable[["Tensor"], Any]]:
+    """Takes pieces of sound `[t]` for a file that appears with all of them when this ends, or not at all."""
+    import soundfile
+
+    from pianodiff.audio import AUDIO_FORMATS
+
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        with soundfile.SoundFile(part, "w", rate, 1, format=AUDIO_FORMATS[path.suffix.lower()]) as file:
+            yield lambda piece: file.write(piece.clamp(-1, 1).numpy())
+            empty = not file.frames
+        if not empty:
+            os.replace(part, path)
+    except soundfile.LibsndfileError as error:
+        raise OSError(f"{path} can't be written ({error.error_string.rstrip('.')}); choose another place") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+# %% ../nbs/10_cli.ipynb #137d9d07
+@contextmanager
+def _pipe(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
+    """Takes pieces of sound `[t]` for standard output: a WAV stream of 16 bit, whose header leaves the length open."""
+    import soundfile
+
+    with open(sys.stdout.fileno(), "wb", closefd=False) as pipe:
+        pipe.write(struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 2**32 - 1, b"WAVEfmt ", 16, 1, 1, rate, 2 * rate, 2, 16,
+                               b"data", 2**32 - 1))
+
+        def write(piece: "Tensor") -> None:
+            data = io.BytesIO()
+            soundfile.write(data, piece.clamp(-1, 1).numpy(), rate, "PCM_16", "LITTLE", "RAW")
+            pipe.write(data.getvalue())
+            pipe.flush()
+
+        yield write
+
+# %% ../nbs/10_cli.ipynb #da7d6c91
+@contextmanager
+def _speakers(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
+    """Takes pieces of sound `[t]` and plays them in another thread; ends when all are played, at Ctrl-C in 0.1 s."""
+    try:
+        import sounddevice
+
+        device = sounddevice.OutputStream(rate, channels=1, dtype="float32")
+    except Exception as error:  # PortAudio's have no class of their own unless it is there
+        raise OSError(f"--play can't reach a sound device ({error}); pip install 'pianodiff[play]', or pipe the sound: "
+                      "pianodiff generate --out - | aplay") from error
+    waiting, silent = deque[Future](), Event()
+
+    def sound(piece: "Tensor") -> None:
+        for part in piece.clamp(-1, 1)[:, None].split(rate // 10):
+            if not silent.is_set():
+                device.write(part.numpy())
+
+    def play(piece: "Tensor") -> None:
+        waiting.append(thread.submit(sound, piece))
+        if len(waiting) > 8:
+            waiting.popleft().result()
+
+    with device, ThreadPoolExecutor(1) as thread:
+        try:
+            yield play
+            while waiting:
+                waiting.popleft().result()
+        except sounddevice.PortAudioError as error:
+            raise OSError(f"the sound device failed ({error}); pipe the sound: --out - | aplay") from error
+        finally:
+            silent.set()
+
 # %% ../nbs/10_cli.ipynb #5b20956e
 def _draw(wave: "Tensor", cfg: "SpectrogramConfig", title: str) -> bytes:
     """The spectrogram of `wave` `[T]` as a PNG file."""
@@ -74,63 +153,103 @@ class Sampling:
 
     Attributes:
         seconds: length of the new music
-        seed: the same seed gives the same bytes; drawn and printed if none is given
+        seed: the same seed gives the same music; drawn and printed if none is given
         model: a shipped name, a model's folder, or a Hub id (user/repo)
         steps: sampling steps a block: fewer are faster, more are finer
-        sampler: heun or euler
+        sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
         guidance: above 1, each block follows its predecessor more closely than the model would by itself
-        image: also draw the spectrogram into this PNG file
+        guidance_interval: the noise levels between which guidance is applied
+        image: also draw the spectrogram, of the first minute, into this PNG file
+        play: also play the music while it is made
     """
 
     seconds: float = 20.0
     seed: int | None = None
     model: str = "nano"
-    steps: int = 40
-    sampler: str = "heun"
+    steps: int = NUM_STEPS
+    sampler: str = SAMPLER
     guidance: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, float("inf"))
     image: Path | None = None
+    play: bool = False
 
 
 _Flat = Annotated[Sampling, tyro.conf.arg(name="")]  # its fields become flags without a prefix
+_PIPE = Path("-")  # in place of a file: standard output
+
+
+@dataclass
+class _Made:
+    """What came of a stream."""
+
+    first: list["Tensor"] = field(default_factory=list)  # pieces of the first minute
+    seconds: list[float] = field(default_factory=list)  # that each piece took
+    samples: int = 0
+    interrupted: bool = False
+
+
+def _hand_on(stream: Iterator["Tensor"], before: "Tensor", out: Path, rate: int, play: bool) -> _Made:
+    """Write the pieces of a stream after what was `before`, and `play` them, while they come; Ctrl-C ends it."""
+    made = _Made()
+    with _pipe(rate) if out == _PIPE else _sound_file(out, rate) as write:
+        try:
+            with _speakers(rate) if play else nullcontext(len) as hear:
+                begin = time.perf_counter()
+                for new in stream:
+                    made.seconds.append(time.perf_counter() - begin)
+                    for piece in (new,) if made.samples else (before, new):
+                        write(piece)
+                    hear(new)
+                    if made.samples < 60 * rate:
+                        made.first.append(new)
+                    made.samples += len(new)
+                    begin = time.perf_counter()
+        except KeyboardInterrupt:
+            made.interrupted = True  # what is there is kept
+    return made
 
 
 def _sample(how: Sampling, out: Path, prompt: Path | None) -> None:
-    """Make music, from nothing or on from a file, and write it."""
+    """Make music, from nothing or on from a file, and hand it on while it is made."""
     import secrets
 
     import torch
 
-    from pianodiff.audio import AUDIO_FORMATS, load_audio, save_audio, write_whole
+    from pianodiff.audio import AUDIO_FORMATS, load_audio, write_whole
     from pianodiff.generate import Piano
 
-    _check_output(out, tuple(AUDIO_FORMATS))
+    if out != _PIPE:
+        _check_output(out, tuple(AUDIO_FORMATS))
     if how.image:
         _check_output(how.image, (".png",))
     seed = secrets.randbelow(2**31) if how.seed is None else how.seed
     piano = Piano.from_pretrained(how.model)
     rate = piano.cfg.sample_rate
     before = torch.zeros(0) if prompt is None else load_audio(prompt, rate)
-    begin = time.perf_counter()
     with _progress_bar() as callback:
-        new = piano.generate(how.seconds, seed=seed, prompt=None if prompt is None else before, sampler=how.sampler,
-                             num_steps=how.steps, guidance=how.guidance, callback=callback)
-    took = time.perf_counter() - begin
-    wave = torch.cat([before, new])
-    wave /= wave.abs().max().clamp(min=1)  # quieter rather than clipped
-    picture = how.image and _draw(wave, piano.cfg, f"{how.model}, seed {seed}")
-    save_audio(out, wave, rate)
-    if how.image and picture:
-        write_whole(how.image, picture)
-    length = len(new) / rate
-    print(f"{out}{f' and {how.image}' if how.image else ''}: {length:g} s of new music, seed {seed}, "
-          f"made in {took:.1f} s ({took / length:.2f} s a second)")
+        stream = piano.stream(how.seconds, seed=seed, prompt=None if prompt is None else before, sampler=how.sampler,
+                              num_steps=how.steps, guidance=how.guidance, guidance_interval=how.guidance_interval,
+                              callback=callback)
+        made = _hand_on(stream, before, out, rate, how.play)
+    if made.samples:
+        if how.image:
+            wave = torch.cat([before[-piano.cfg.block_samples :], *made.first])
+            write_whole(how.image, _draw(wave, piano.cfg, f"{how.model}, seed {seed}"))
+        length, took = made.samples / rate, sum(made.seconds)
+        names = f"{'standard output' if out == _PIPE else out}{f' and {how.image}' if how.image else ''}"
+        print(f"{names}: {length:g} s of new music, seed {seed}, made in {took:.1f} s ({took / length:.2f} s a second, "
+              f"the first sound after {made.seconds[0]:.1f} s)", file=sys.stderr if out == _PIPE else sys.stdout)
+    if made.interrupted:
+        raise KeyboardInterrupt
 
 # %% ../nbs/10_cli.ipynb #c6a1352c
 def generate(how: _Flat, *, out: Path = Path("piano.wav")) -> None:
     """Make piano music from a seed.
 
+    The sound is written while it is made; Ctrl-C ends it, and keeps what is there.
+
     Args:
-        out: the sound file to write: .wav, .flac, .ogg, .mp3 or .aiff
+        out: the sound file to write: .wav, .flac, .ogg, .mp3 or .aiff; or - for a WAV stream on standard output
     """
     _sample(how, out, None)
 
@@ -139,9 +258,11 @@ def continue_(prompt: Annotated[Path, tyro.conf.arg(metavar="SOUND")], /, how: _
               out: Path = Path("longer.wav")) -> None:
     """Go on from a recording: write it, then new music in phase with it.
 
+    The sound is written while it is made; Ctrl-C ends it, and keeps what is there.
+
     Args:
         prompt: the recording, in any format and at any rate; its last two seconds are what the model hears
-        out: the sound file to write, mono at 8 kHz: .wav, .flac, .ogg, .mp3 or .aiff
+        out: the sound file to write, mono at 8 kHz: .wav, .flac, .ogg, .mp3 or .aiff; or - for standard output
     """
     _sample(how, out, prompt)
 
@@ -209,8 +330,7 @@ def snapshot(model: Path, images: int) -> None:
     from pianodiff.generate import Piano
 
     piano = Piano.from_pretrained(model)
-    wave = piano.generate(8, seed=0, num_steps=18)
-    wave /= wave.abs().max().clamp(min=1)
+    wave = piano.generate(8, seed=0)
     folder = model.parent / "samples"
     folder.mkdir(exist_ok=True)
     save_audio(folder / f"{images}.wav", wave, piano.cfg.sample_rate)
@@ -219,7 +339,7 @@ def snapshot(model: Path, images: int) -> None:
 # %% ../nbs/10_cli.ipynb #77bff308
 def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
              reference: Annotated[str, tyro.conf.arg(metavar="REFERENCE")], /, *, out: Path = Path("report.html"),
-             pieces: int = 10, seconds: float = 61.44, steps: int = 40, sampler: str = "heun",
+             pieces: int = 10, seconds: float = 61.44, steps: int = NUM_STEPS, sampler: str = SAMPLER,
              training: str | None = None, transpose: int = 0, embeddings: tuple[str, ...] = ("logmel",),
              splits: tuple[str, ...] = (), blocks: int = 2000, seed: int = 0, cache: Path | None = None,
              soundfont: Path | None = None) -> None:
@@ -232,7 +352,7 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
         pieces: how many a model makes, by seeds that count up from the seed
         seconds: length of each of them
         steps: sampling steps a block
-        sampler: heun, euler or dpmpp_2m
+        sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
         training: the store that the model was trained on, to search for copies
         transpose: search for copies up to this many semitones higher or lower
         embeddings: logmel, vggish, vggish=FILE, or the name or folder of a Hugging Face audio encoder

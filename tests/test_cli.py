@@ -1,13 +1,17 @@
 """The commands: what they write, what they print, and what bad input gets. The network is tiny and untrained."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -17,6 +21,7 @@ import pianodiff.cli
 from pianodiff.audio import SPECTROGRAMS, load_audio, save_audio
 from pianodiff.cli import main
 from pianodiff.data import example_performance
+from pianodiff.generate import Piano
 from pianodiff.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +55,8 @@ def test_generate_writes_sound_and_picture(model, capsys):
     assert Path("piano.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(os.listdir()) == ["piano.png", "piano.wav"]
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"piano.wav and piano.png: 0.25 s of new music, seed 7, made in .* s \(.* s a second\)\n", out)
+    assert re.fullmatch(r"piano.wav and piano.png: 0.25 s of new music, seed 7, made in .* s \(.* s a second, "
+                        r"the first sound after .* s\)\n", out)
     assert "block 4 of 4" in err and "8/8" in err  # the bar
 
 
@@ -73,11 +79,124 @@ def test_continue_writes_the_prompt_and_then_new_music(model):
     assert longer[4000:].abs().max() > 0.001
 
 
-def test_a_sound_beyond_full_scale_is_made_quieter(model, monkeypatch):
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff"])
+def test_what_is_written_is_the_stream(model, ending):
+    assert make(model, "--seed", "3", "--seconds", "0.5", "--out", f"piano.{ending}") == 0
+    expected = torch.cat(list(Piano.from_pretrained(model).stream(0.5, seed=3, num_steps=2))).clamp(-1, 1)
+    written = load_audio(f"piano.{ending}")
+    assert len(written) == 4000 and os.listdir() == [f"piano.{ending}"]
+    exact = ending in ("wav", "flac", "aiff")
+    assert (written - expected).norm() < (1e-3 if exact else 0.5) * expected.norm()
+
+
+def test_what_exceeds_full_scale_is_clipped(model, monkeypatch):
     wave = 2 * torch.sin(0.3 * torch.arange(2000))
-    monkeypatch.setattr("pianodiff.generate.Piano.generate", lambda *args, **how: wave.clone())
+    monkeypatch.setattr("pianodiff.generate.Piano.stream", lambda *args, **how: iter(wave.split(700)))
     assert make(model, "--out", "piano.wav") == 0
-    torch.testing.assert_close(load_audio("piano.wav"), wave / 2, atol=1e-3, rtol=0)
+    torch.testing.assert_close(load_audio("piano.wav"), wave.clamp(-1, 1), atol=1e-4, rtol=0)
+
+
+def shell(model: str, *flags: str, **how) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pianodiff.cli", "generate", "--model", model, "--steps", "2", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)}, **how)
+
+
+def test_a_pipe_gets_a_wav_stream(model):
+    assert make(model, "--seed", "3", "--out", "piano.wav") == 0
+    out, err = shell(model, "--seed", "3", "--seconds", "0.25", "--out", "-").communicate()
+    assert out[:4] == b"RIFF" and out[4:8] == out[40:44] == b"\xff" * 4 and len(out) == 44 + 2 * 2000
+    assert out[44:] == Path("piano.wav").read_bytes()[-4000:]
+    assert torch.equal(load_audio(io.BytesIO(out)), load_audio("piano.wav"))
+    assert b"standard output: 0.25 s of new music, seed 3" in err and b"block 4 of 4" in err
+    assert os.listdir() == ["piano.wav"]
+
+
+def test_a_pipe_gets_sound_before_the_end_and_may_close(model):
+    process = shell(model, "--seconds", "80000", "--out", "-")
+    assert len(process.stdout.read(44 + 2 * 1000)) == 2044  # most of it lies hours ahead
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 2 and err.splitlines()[-1] == b"pianodiff: Broken pipe" and b"Traceback" not in err
+
+
+class Device:
+    """Stands for sounddevice: keeps what it is given to play."""
+
+    class PortAudioError(Exception):
+        pass
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.played, self.log = fails, [], []
+
+    def OutputStream(self, rate, channels, dtype):
+        if self.fails == "open":
+            raise self.PortAudioError("no default output device")
+        self.log.append((rate, channels, dtype))
+        return self
+
+    def __enter__(self):
+        self.log.append("start")
+
+    def __exit__(self, *error):
+        self.log.append("stop")
+
+    def write(self, samples):
+        if self.fails == "write":
+            raise self.PortAudioError("unplugged")
+        assert samples.shape[1] == 1 and samples.dtype == "float32" and samples.flags.c_contiguous
+        time.sleep(len(samples) / 80_000)  # faster than it sounds, slower than it is made
+        self.played.append(samples.copy())
+
+
+def test_play(model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sounddevice", device := Device())
+    assert make(model, "--seed", "3", "--seconds", "1", "--play") == 0
+    played = torch.from_numpy(np.concatenate(device.played)[:, 0])
+    assert device.log == [(8000, 1, "float32"), "start", "stop"] and len(device.played) > 10
+    torch.testing.assert_close(played, load_audio("piano.wav"), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("device", "message"), [
+    (None, r"--play can't reach a sound device .*pip install 'pianodiff\[play\]', or pipe the sound"),
+    (Device("open"), r"--play can't reach a sound device \(no default output device\); "),
+    (Device("write"), r"the sound device failed \(unplugged\); pipe the sound"),
+])
+def test_nothing_to_play_on(model, monkeypatch, capsys, device, message):
+    monkeypatch.setitem(sys.modules, "sounddevice", device)  # None: as if it were not installed
+    assert make(model, "--seconds", "2", "--play") == 2
+    out, err = capsys.readouterr()
+    assert re.search(message, err.splitlines()[-1]) and not out and not os.listdir()
+    if device and device.fails == "write":
+        assert device.log[-1] == "stop"
+
+
+def test_ctrl_c_silences_at_once_and_keeps_the_file(model, monkeypatch, capsys):
+    def pieces(*args, **how):
+        yield from (torch.full((40_000,), 0.5), torch.full((40_000,), -0.5))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pianodiff.generate.Piano.stream", pieces)
+    monkeypatch.setitem(sys.modules, "sounddevice", device := Device())
+    assert make(model, "--seed", "3", "--play") == 130
+    assert device.log[-1] == "stop" and sum(map(len, device.played)) < 40_000
+    torch.testing.assert_close(load_audio("piano.wav"), torch.tensor([0.5, -0.5]).repeat_interleave(40_000))
+    out, err = capsys.readouterr()
+    assert out.startswith("piano.wav: 10 s of new music, seed 3") and err == "pianodiff: interrupted\n"
+
+
+def test_memory_does_not_grow_with_the_length(model, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    def pieces(*args, **how):
+        for _ in range(200):
+            alive.add(piece := torch.zeros(8000))
+            yield piece
+            most.append(len(alive))
+
+    monkeypatch.setattr("pianodiff.generate.Piano.stream", pieces)
+    assert make(model, "--image", "piano.png") == 0
+    assert len(load_audio("piano.wav")) == 200 * 8000 and max(most) <= 62  # the minute of the picture
 
 
 def refused(capsys, status: int) -> str:
@@ -103,8 +222,10 @@ def test_impossible_lengths(model, capsys, seconds):
     (("--image", "piano.jpeg"), "piano.jpeg must end in .png"),
     (("--sampler", "hein"), "no sampler 'hein'"),
     (("--steps", "0"), "num_steps must be a whole number of at least 1"),
+    (("--out", "-", "--steps", "0"), "num_steps must be a whole number of at least 1"),
     (("--seed", "-1"), "seed must be a whole number from 0"),
     (("--guidance", "nan"), "guidance must be finite"),
+    (("--guidance-interval", "2", "1"), "guidance_interval must be noise levels low < high"),
     (("--model", "no-such-model"), "no model 'no-such-model'"),
     (("--model", "."), "model"),
 ])
@@ -169,15 +290,43 @@ def test_usage_errors(capsys):
         assert "Traceback" not in capsys.readouterr().err
 
 
-def test_interrupted(model):
-    command = [sys.executable, "-m", "pianodiff.cli", "generate", "--model", model, "--seconds", "80000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    while "block 3" not in process.stderr.readline():  # text mode ends a line at each of the bar's "\r", too
-        assert process.poll() is None
+def interrupted(process: subprocess.Popen, block: bytes) -> bytes:
+    """Standard error of a command that gets Ctrl-C once its bar shows a block that matches the pattern."""
+    shown = b""
+    while not re.search(block, shown):
+        shown += process.stderr.read(1)
+        assert process.poll() is None, shown
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
-    assert process.wait() == 130
-    assert rest.splitlines()[-1] == "pianodiff: interrupted" and "Traceback" not in rest
+    assert process.wait() == 130 and b"Traceback" not in rest
+    assert rest.splitlines()[-1] == b"pianodiff: interrupted"
+    return rest
+
+
+def test_interrupted(model):
+    process = shell(model, "--seed", "3", "--seconds", "80000", "--out", "piano.flac")
+    interrupted(process, rb"block \d\d")    # the bar leaves out some
+    told = re.match(rb"piano.flac: (.*) s of new music, seed 3, made in", process.stdout.read())
+    kept = load_audio("piano.flac")
+    assert os.listdir() == ["piano.flac"] and len(kept) == round(8000 * float(told[1])) >= 8 * 512 - 256
+    whole = torch.cat(list(Piano.from_pretrained(model).stream(len(kept) / 8000 + 1, seed=3, num_steps=2))).clamp(-1, 1)
+    torch.testing.assert_close(kept, whole[: len(kept)], atol=1e-4, rtol=0)
+
+
+def test_interrupted_before_there_is_a_sound(model):
+    Path("piano.wav").write_text("what was there before")
+    interrupted(shell(model, "--seconds", "80000", "--steps", "100000"), b"block 1 ")
+    assert os.listdir() == ["piano.wav"] and Path("piano.wav").read_text() == "what was there before"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
+def test_a_disk_that_fills_while_writing(model):
+    import resource
+
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
+    process = shell(model, "--seconds", "2", preexec_fn=limit)
+    out, err = process.communicate()
+    assert process.returncode == 2 and not out and b"piano.wav can't be written" in err.splitlines()[-1], err
     assert not os.listdir()
 
 

@@ -1,16 +1,19 @@
 """Piano: what a seed, a prompt, a length and a piece of a stream promise. The network is tiny and untrained."""
 
+import gc
+import inspect
 import math
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from pianodiff import generate
-from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_magnitude, to_spectrogram
+from pianodiff import SAMPLER, generate
+from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_spectrogram
 from pianodiff.data import example_performance
-from pianodiff.generate import Piano, Progress, continue_wave, find_model
-from pianodiff.unet import UNet, UNetConfig
+from pianodiff.edm import karras_sigmas
+from pianodiff.generate import SAMPLERS, Piano, Progress, find_model
+from pianodiff.unet import Past, UNet, UNetConfig
 
 CFG = SpectrogramConfig(n_fft=64, hop_length=16, n_frames=32)
 SHAPE = UNetConfig(n_bins=32, n_frames=32, patch=2, channels=(8, 16), blocks=(1, 1), attention=("", "f"),
@@ -55,7 +58,7 @@ def test_length(piano, prompt, seconds):
         pieces = list(piano.stream(seconds, seed=1, prompt=start, **FEW))
         assert wave.shape == torch.cat(pieces).shape == (total,)
         assert wave.isfinite().all() and torch.cat(pieces).isfinite().all()
-        assert len(pieces) == math.ceil(total / BLOCK) and all(len(piece) for piece in pieces)
+        assert len(pieces) <= math.ceil(total / BLOCK) + 1 and all(len(piece) for piece in pieces)
         frames = math.ceil(total / CFG.hop_length)
         assert piano.spectrogram(seconds, seed=1, prompt=start, **FEW).shape == (CFG.n_bins, frames)
 
@@ -82,8 +85,11 @@ def test_each_block_follows_its_predecessor(piano, monkeypatch):
     monkeypatch.setattr(piano.denoiser, "forward", lambda x, sigma, cond: seen.append(cond) or torch.full_like(x, 0.25))
     spec = piano.spectrogram(2 * CFG.block_seconds, seed=0, sampler="euler", num_steps=2)
     torch.testing.assert_close(spec, torch.full_like(spec, 0.4 + 0.25 * 0.2 / 0.5))  # Eq. (standardise), backwards
-    assert seen[:2] == [None, None]
-    torch.testing.assert_close(seen[2].columns, torch.full((1, 1, 32, 8), 0.25))  # encoded, once for all steps
+    assert len(seen) == 4 and all(isinstance(past, Past) for past in seen)
+    assert seen[0] is seen[1] and seen[2] is seen[3]  # encoded once for all steps
+    assert not seen[0].has_prev.any() and not seen[0].columns.any() and torch.equal(seen[0].vector[0], piano.net.null)
+    assert seen[2].has_prev.all()
+    torch.testing.assert_close(seen[2].columns, torch.full((1, 1, 32, 8), 0.25))
 
 
 def test_what_is_out_of_range_is_clipped_before_it_conditions(piano, monkeypatch):
@@ -95,7 +101,7 @@ def test_what_is_out_of_range_is_clipped_before_it_conditions(piano, monkeypatch
 
 def test_each_block_has_its_own_noise(piano, monkeypatch):
     drawn = []
-    monkeypatch.setitem(generate.SAMPLERS, "heun", lambda denoise, z, cond, **how: drawn.append(z) or z)
+    monkeypatch.setitem(generate.SAMPLERS, SAMPLER, lambda denoise, z, cond, **how: drawn.append(z) or z)
     piano.spectrogram(3 * CFG.block_seconds, seed=1)
     list(piano.stream(2 * CFG.block_seconds, seed=1))
     assert torch.equal(drawn[0], drawn[3]) and torch.equal(drawn[1], drawn[4])
@@ -110,18 +116,62 @@ def test_guidance(piano, prompt, guidance, monkeypatch):
     monkeypatch.setattr(piano.denoiser, "forward", lambda x, s, c=None: batches.append(len(x)) or plain(x, s, c))
     made = piano.spectrogram(CFG.block_seconds, seed=2, prompt=prompt, sampler="euler", num_steps=1, guidance=guidance)
     assert batches == [1 if guidance == 1 else 2]  # one evaluation a step
-    start, _ = piano._plan(BLOCK, 2, prompt, "euler", 1, 1.0, None)
+    prev = piano._start(2, prompt).prev
     latents = torch.randn(1, 1, 32, 32, generator=generate._generator(2, 0, 0))
-    x, cond = 80 * latents.double(), (start.prev - 0.4)[None, None] / 0.4
+    x, cond = 80 * latents.double(), (prev - 0.4)[None, None] / 0.4
     null, conditional = plain(x, torch.tensor(80.0)), plain(x, torch.tensor(80.0), cond)
     assert (conditional - null).std() > 1e-3
     expected = 0.4 + 0.4 * (null + guidance * (conditional - null))  # one Euler step, to 0, ends at what is denoised
     torch.testing.assert_close(made, expected[0, 0].clamp(0, 1).float(), atol=1e-4, rtol=0)
 
 
+def test_guidance_on_an_interval(piano, prompt, monkeypatch):
+    """Batches of two at low < sigma <= high alone; the past is encoded once a block."""
+    seen, encoded, plain = [], [], (piano.denoiser.forward, piano.net.embedding.forward)
+    monkeypatch.setattr(piano.denoiser, "forward", lambda x, s, c: seen.append((float(s), len(x))) or plain[0](x, s, c))
+    monkeypatch.setattr(piano.net.embedding, "forward", lambda x: encoded.append(len(x)) or plain[1](x))
+    settings = {"seed": 2, "prompt": prompt, "sampler": "euler", "num_steps": 8, "guidance": 3.0}
+    levels = [float(sigma) for sigma in karras_sigmas(8)[:-1]]
+    part = piano.spectrogram(2 * CFG.block_seconds, guidance_interval=(levels[5], levels[2]), **settings)
+    assert [count for _, count in seen] == 2 * [1, 1, 2, 2, 2, 1, 1, 1]
+    assert [sigma for sigma, _ in seen] == pytest.approx(2 * levels) and encoded == [2, 2]
+    everywhere = piano.spectrogram(2 * CFG.block_seconds, **settings)
+    nowhere = piano.spectrogram(2 * CFG.block_seconds, guidance_interval=(100.0, math.inf), **settings)
+    none = piano.spectrogram(2 * CFG.block_seconds, **{**settings, "guidance": 1.0})
+    torch.testing.assert_close(nowhere, none, atol=1e-4, rtol=0)
+    assert (part - everywhere).abs().max() > 1e-3 and (part - nowhere).abs().max() > 1e-3
+
+
 def test_without_predecessor_there_is_nothing_to_guide(piano):
     one = piano.spectrogram(CFG.block_seconds, seed=2, guidance=3.0, **FEW)
     assert torch.equal(one, piano.spectrogram(CFG.block_seconds, seed=2, **FEW))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler(piano, prompt, sampler, monkeypatch):
+    """Its noise, too, depends on the seed and the block alone, and is drawn on the CPU."""
+    settings, drawn = {"prompt": prompt, "sampler": sampler, "num_steps": 3}, []
+    plain = SAMPLERS[sampler]
+
+    def spy(denoise, latents, past, *, randn_like=None, **how):
+        if randn_like is None:
+            return plain(denoise, latents, past, **how)
+        return plain(denoise, latents, past, randn_like=lambda x: drawn.append(randn_like(x)) or drawn[-1], **how)
+
+    spy.__signature__ = inspect.signature(plain)
+    monkeypatch.setitem(SAMPLERS, sampler, spy)
+    torch.manual_seed(1)
+    long = piano.spectrogram(3 * CFG.block_seconds, seed=4, **settings)
+    torch.manual_seed(2)
+    short, other = (piano.spectrogram(CFG.block_seconds, seed=seed, **settings) for seed in (4, 5))
+    assert torch.equal(long[:, :32], short) and not torch.allclose(short, other)
+    assert piano.spectrogram(CFG.block_seconds, seed=4, **{**settings, "num_steps": 1}).isfinite().all()
+    assert len(drawn) == (5 * 2 if sampler in ("euler_ancestral", "dpmpp_3m_sde") else 0)
+    if drawn:
+        shared = torch.corrcoef(torch.stack(drawn[:6]).flatten(1)) - torch.eye(6)  # three blocks, two steps each
+        assert shared.abs().max() < 0.2 and abs(torch.stack(drawn).std() - 1) < 0.05
+        latents = torch.randn(1, 1, 32, 32, generator=generate._generator(4, 0, 0))
+        assert abs(torch.corrcoef(torch.stack([latents, drawn[0]]).flatten(1))[0, 1]) < 0.2
 
 
 def test_progress(piano):
@@ -151,7 +201,7 @@ def test_prompt_frames_end_where_the_prompt_ends(piano):
     hop = CFG.hop_length
     for end in (8000, 8000 - 5):  # a whole number of hops, and not
         prompt = whole[:end]
-        start, _ = piano._plan(1, 0, prompt, "heun", 2, 1.0, None)
+        start = piano._start(0, prompt)
         truth = to_spectrogram(whole[end % hop :] / prompt.abs().max(), CFG)[:, : end // hop]  # they see a future
         assert start.prev.shape == (CFG.n_bins, CFG.n_frames)
         torch.testing.assert_close(start.prev[:, :-1], truth[:, -CFG.n_frames : -1], atol=1e-4, rtol=0)
@@ -179,46 +229,26 @@ def test_no_click_at_joins():
     pieces = [prompt, *piano.stream(8, seed=1, prompt=prompt, **FEW)]
     joins = torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()[:-1]
     bends = [bend(torch.cat(pieces), at) for at in joins]
-    assert len(bends) == 4 and max(bends) < 1.5
+    assert len(bends) == 5 and max(bends) < 1.5
+
+
+def ruler(wave: torch.Tensor) -> torch.Tensor:
+    """Magnitudes of an STFT that no model's spectrogram is made with."""
+    return torch.stft(wave, 1024, 256, window=torch.hann_window(1024), return_complex=True).abs()
 
 
 def test_a_stream_is_as_good_as_a_single_inversion(monkeypatch):
     cfg, piano = SPECTROGRAMS["nano"], tiny_piano(SPECTROGRAMS["nano"], LARGE)
-    spec = to_spectrogram(example_performance(5 * cfg.block_seconds, seed=0), cfg)  # in place of a good model's
+    music = example_performance(6 * cfg.block_seconds, seed=0)
+    prompt, known = music[: cfg.block_samples] / 2, music[: cfg.block_samples].abs().max()
+    spec = to_spectrogram(music / known, cfg)[:, cfg.n_frames :]  # in place of a good model's
     monkeypatch.setattr(piano, "_blocks", lambda *how: iter(spec.split(cfg.n_frames, dim=1)))
-    target, quality = to_magnitude(spec, cfg), []
-    for wave in (piano.generate(10, seed=0), torch.cat(list(piano.stream(10, seed=0)))):
-        error = to_magnitude(to_spectrogram(wave, cfg), cfg)[:, 2:-2] - target[:, 2:623]
-        quality.append(20 * torch.log10(error.norm() / target[:, 2:623].norm()))
-    assert quality[0] < -18 and quality[1] < quality[0] + 1, quality  # decibels of spectral convergence
-
-
-@pytest.mark.parametrize("name", ["paper-128", "paper-256", "nano"])
-def test_continue_wave_goes_on_in_phase(name):
-    cfg = SPECTROGRAMS[name]
-    wave = example_performance(6, seed=4)
-    spec, margin = to_spectrogram(wave, cfg), 2 * cfg.n_fft // cfg.hop_length
-    likeness, flux = [], []
-    for cut in range(8192, 8192 * 5, 2048):
-        frame = cut // cfg.hop_length
-        past = wave[cut - margin * cfg.hop_length : cut]
-        new = continue_wave(past, spec[:, frame - margin : frame + 2 * margin], cfg,
-                            generator=torch.Generator().manual_seed(0))
-        assert new.shape == (2 * margin * cfg.hop_length,)
-        likeness.append(torch.cosine_similarity(new[:128], wave[cut : cut + 128], dim=0))
-        joined, around = to_magnitude(to_spectrogram(torch.cat([past, new]), cfg), cfg), slice(margin - 2, margin + 3)
-        recorded = to_magnitude(spec[:, frame - margin : frame + 2 * margin], cfg)
-        flux.append([x[:, around].diff().clamp(min=0).sum() for x in (joined, recorded)])
-    assert torch.stack(likeness).median() > 0.8  # the recording's own samples, of which it has seen none
-    made, played = torch.tensor(flux).sum(0)
-    assert made < 1.6 * played  # no burst across the spectrum at the join
-
-
-def test_continue_wave_meets_even_what_does_not_follow():
-    cfg = SPECTROGRAMS["nano"]
-    past = 0.5 * torch.cos(0.2 * torch.arange(-1023, 1).float())  # ends on a crest
-    new = continue_wave(past, torch.zeros(256, 40), cfg, generator=torch.Generator().manual_seed(0))
-    assert abs(new[0] - past[-1]) < 0.1 and new[256:].abs().max() < 0.05  # silence follows, but no click
+    for start in (None, prompt):
+        target, quality = ruler(music[cfg.block_samples :] * (0.5 if start is not None else 1 / known))[:, :-10], []
+        for wave in (piano.generate(10, seed=0, prompt=start), torch.cat(list(piano.stream(10, seed=0, prompt=start)))):
+            error = ruler(wave)[:, : target.shape[1] - 10] - target[:, :-10]
+            quality.append(20 * torch.log10(error.norm() / target[:, :-10].norm()))
+        assert quality[0] < -18 and quality[1] < quality[0] + 1, quality  # decibels of spectral convergence
 
 
 def test_save_and_load(piano, tmp_path):
@@ -275,6 +305,9 @@ def test_impossible_lengths(piano, seconds):
     ({"sampler": "hein"}, "no sampler 'hein'; choose of heun"),
     ({"num_steps": 0}, "num_steps"),
     ({"guidance": float("nan")}, "guidance must be finite"),
+    ({"guidance_interval": (2, 1)}, "guidance_interval must be noise levels low < high from 0, not 2 and 1"),
+    ({"guidance_interval": (-1, 1)}, "guidance_interval must be"),
+    ({"guidance_interval": (0, float("nan"))}, "guidance_interval must be"),
 ])
 def test_bad_input_is_told_at_once(piano, settings, message):
     for call in (piano.generate, piano.stream, piano.spectrogram):  # a stream too, before its first piece
@@ -283,11 +316,14 @@ def test_bad_input_is_told_at_once(piano, settings, message):
 
 
 def test_memory_of_a_stream_does_not_grow(piano):
+    def held() -> int:
+        gc.collect()
+        return sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor)
+
     stream = piano.stream(seed=0, num_steps=1, sampler="euler")
     for _ in range(3):
         next(stream)
-    held = stream.gi_frame.f_locals
-    sizes = {name: held[name].untyped_storage().nbytes() for name in ("wave", "spec", "new")}
+    before = held()
     for _ in range(20):
         next(stream)
-    assert sizes == {name: stream.gi_frame.f_locals[name].untyped_storage().nbytes() for name in sizes}
+    assert held() == before

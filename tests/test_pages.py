@@ -1,0 +1,124 @@
+"""The pages that are not chapters: every equation and figure has its place, every name and every link leads there."""
+
+import importlib
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from pianodiff.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted((ROOT / "book").glob("*.md")), *sorted((ROOT / "nbs").glob("*.md"))]
+CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+LABELS = [f"eq-{n}" for n in range(1, 38)] + [f"fig-{n}" for n in range(1, 11)]
+
+
+def prose(chapter: Path) -> str:
+    cells = nbformat.read(chapter, as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def labels(text: str) -> list[str]:
+    """The equations `$$ (label)` and the places `(label)=` that a text defines."""
+    return re.findall(r"^\$\$ \(([\w-]+)\)$|^\(([\w-]+)\)=$", text, re.M)
+
+
+@cache
+def places() -> dict[str, list[str]]:
+    """{label: the chapters that define it, each as often as it does}."""
+    found: dict[str, list[str]] = {}
+    for chapter in CHAPTERS:
+        for pair in labels(prose(chapter)):
+            found.setdefault("".join(pair), []).append(chapter.name)
+    return found
+
+
+@cache
+def table() -> dict[str, tuple[str, str]]:
+    """The notation page's rows of equations and figures: {label: (chapter, function)}."""
+    row = re.compile(r"^\| \{(?:eq|ref)\}`(?:\d+ <)?((?:eq|fig)-\d+)>?` \|.*\| \[\]\(\.\./nbs/([\w.]+)\) "
+                     r"\| \{py:obj\}`~pianodiff\.([\w.]+)` \|$", re.M)
+    rows = row.findall((ROOT / "book" / "notation.md").read_text())
+    assert len(rows) == len({label for label, *_ in rows}), "a row stands twice"
+    return {label: (chapter, function) for label, chapter, function in rows}
+
+
+def resolve(name: str) -> object:
+    module, *attributes = name.split(".")
+    found = importlib.import_module(f"pianodiff.{module}")
+    for attribute in attributes:
+        found = getattr(found, attribute)
+    return found
+
+
+def test_no_equation_and_no_figure_is_missing():
+    assert list(table()) == LABELS
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_label_stands_once_in_its_chapter(label: str):
+    assert places().get(label, []) == [table()[label][0]]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_function_of_the_table_can_be_imported(label: str):
+    assert callable(resolve(table()[label][1]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_on_a_page_can_be_imported(page: Path):
+    names = re.findall(r"\{py:\w+\}`~?pianodiff\.([\w.]+)`", page.read_text())
+    assert all(resolve(name) is not None for name in names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page: Path):
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).is_file()] == []
+    known = {label for pair in labels(text) for label in pair} | set(places())
+    asked = re.findall(r"\{(?:eq|ref)\}`(?:[^`<]*<)?([\w-]+)>?`", text) + re.findall(r"\]\(#([\w-]+)\)", text)
+    assert [label for label in asked if label not in known] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_citations_of_a_page_are_in_the_bibliography(page: Path):
+    known = set(re.findall(r"^@\w+\{([^,]+),", (ROOT / "book" / "references.bib").read_text(), re.M))
+    cited = ",".join(re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", page.read_text()))
+    assert {key.strip() for key in cited.split(",") if key} <= known
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of each `pianodiff …` in a page's shell blocks, after `accelerate launch` and its options too."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "book" / page).read_text(), re.M | re.S)
+    lines = [line.split(" #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [re.search(r"(?:^|-m )pianodiff(?:\.cli)? (.*)", line) for line in lines]
+    return [shlex.split(match[1]) for match in found if match]
+
+
+@pytest.mark.parametrize("command", commands("train_your_own.md"), ids=" ".join)
+def test_the_commands_that_are_told_exist(command: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main([command[0], "--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert stopped.value.code == 0
+    assert {word for word in command if word.startswith("--")} <= known
+
+
+def test_the_commands_are_found():
+    assert {command[0] for command in commands("train_your_own.md")} >= {"prepare", "train", "generate", "evaluate"}
+
+
+def test_the_workflow_calls_the_makefile_alone():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    lines = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert {line.split()[1] for line in lines} == {"test", "book"} <= targets
+    assert all(line.split()[0] == "make" and "\n" not in line.strip() for line in lines)
+    assert workflow["jobs"]["build"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
+    assert set(workflow[True]) == {"push", "pull_request", "schedule", "workflow_dispatch"}    # YAML's `on` is true

@@ -3,9 +3,10 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 START  := $(shell date +%s)
-PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable
 since   = $$(( $$(date +%s) - $(1) )) s
 
 .PHONY: help piano test book bench chapters clean
@@ -27,8 +28,11 @@ book: $(VENV)/.installed-dev
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc _toc.yml --path-output book -W --keep-going -n -q
 	@echo "The book: book/_build/html/index.html"
 
+# Appends to bench/results.jsonl; the last script writes README's table from it. Each also runs alone.
+BENCH := samplers sound network generation training table
+
 bench: $(VENV)/.installed-dev
-	@for script in $(sort $(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for name in $(BENCH); do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py || exit 1; done
 
 # One chapter: make chapters NB=nbs/02_audio.ipynb
 chapters: $(VENV)/.installed-dev
@@ -52,5 +56,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt settings.ini | $(BIN)/pip
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) '.[dev]'
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps k-diffusion
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps k-diffusion
 	@touch $@

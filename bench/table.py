@@ -1,0 +1,65 @@
+"""Writes README's table of figures, between its lines `<!-- bench -->` and `<!-- /bench -->`, from results.jsonl."""
+
+import json
+import sys
+from collections.abc import Iterable
+
+from common import RESULTS, Record
+
+README = RESULTS.parent.parent / "README.md"
+BEGIN, END = "<!-- bench -->\n", "<!-- /bench -->"
+
+
+def figure(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{float(f'{value:.3g}'):g}"
+
+
+def newest(lines: Iterable[str]) -> list[Record]:
+    """The last record of each comparison on each kind of device, in the order in which these first came."""
+    records = (json.loads(line) for line in lines if line.strip())
+    return list({(record["device"], record["comparison"]): record for record in records}.values())
+
+
+def heading(record: Record) -> str:
+    """The machine that a record was made on."""
+    cpu = f"{record['cores']} cores of {record['cpu']} ({record['capability']}, {record['threads']} threads)"
+    place = f"One {record['gpu']} beside {cpu}" if "gpu" in record else cpu
+    return f"{place}, PyTorch {record['torch']}:"
+
+
+def row(record: Record) -> str:
+    """A comparison: the first contender's figure, then the others' with their ratios to it."""
+    cells = []
+    for name, result in record["results"].items():
+        peer, *setting = name.split(",")
+        version = f" {record['peers'][peer]}" if peer in record["peers"] else ""
+        spread = f"{figure(result['median'])} ({figure(result['min'])}–{figure(result['max'])})"
+        cell = f"{','.join([peer + version, *setting])}: {spread}"
+        if ratio := record["ratios"].get(name):
+            cell += f", **{figure(ratio['median'])} ×** ({figure(ratio['min'])}–{figure(ratio['max'])})"
+        cells.append(cell)
+    return f"| {record['comparison']}, {record['unit']} | {cells[0]} | {'<br>'.join(cells[1:])} |"
+
+
+def table(lines: Iterable[str]) -> str:
+    """README's part: a table for each machine."""
+    machines: dict[str, list[str]] = {}
+    for record in newest(lines):
+        machines.setdefault(heading(record), ["", "| | | beside it |", "|---|---|---|"]).append(row(record))
+    return "\n\n".join("\n".join([name, *body]) for name, body in machines.items()) + "\n"
+
+
+def update(text: str, made: str) -> str:
+    """README's text with `made` between the marks. ValueError where these are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md lacks the lines {BEGIN.strip()} and {END}; put them where the table belongs")
+    return before + begin + made + end + after
+
+
+if __name__ == "__main__":
+    if not RESULTS.exists():
+        sys.exit(f"there is no {RESULTS.name} yet: make bench")
+    README.write_text(update(README.read_text(), table(RESULTS.read_text().splitlines())))

@@ -1,0 +1,67 @@
+"""How fast one trains and prepares: blocks a second through the network, hours of sound a minute into a store."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from common import Record, append, compare, devices, seconds
+
+from pianodiff.audio import SPECTROGRAMS, save_audio
+from pianodiff.data import example_performance, prepare
+from pianodiff.edm import Denoiser, edm_loss
+from pianodiff.train import _native_bf16
+from pianodiff.unet import PRESETS, UNet, UNetConfig
+
+
+def steps(config: UNetConfig, device: str, batch_size: int, num_steps: int, compiled: bool) -> Callable[[], float]:
+    """Blocks a second through loss, gradient and AdamW's step, in bfloat16 where `train` computes in it."""
+    net = UNet(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiled:
+        net.compile()
+    denoiser, optimizer = Denoiser(net), torch.optim.AdamW(net.parameters())
+    y = torch.randn(batch_size, 1, config.n_bins, config.n_frames, device=device)
+    cond = (y.flip(0), torch.rand(batch_size, device=device) > 0.15)
+
+    def work() -> None:
+        for _ in range(num_steps):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device, torch.bfloat16, enabled=_native_bf16(torch.device(device))):
+                loss = edm_loss(denoiser, y, cond).mean()
+            loss.backward()
+            optimizer.step()
+
+    return lambda: batch_size * num_steps / seconds(work, device)
+
+
+def training(name: str, config: UNetConfig, device: str = "cpu", *, batch_size: int = 16, num_steps: int = 5,
+             compiled: bool = True, runs: int = 5) -> Record:
+    """Blocks a second, eager and compiled."""
+    ways = {"eager": False, "compiled": True} if compiled else {"eager": False}
+    contenders = {way: steps(config, device, batch_size, num_steps, is_compiled) for way, is_compiled in ways.items()}
+    return compare(f"training {name}", "blocks/s", contenders, runs=runs, device=device, batch_size=batch_size)
+
+
+def preparation(*, minutes: float = 4.0, count: int = 8, jobs: int | None = None, runs: int = 5) -> Record:
+    """Hours of sound (WAV, 8 kHz) that `prepare` puts into a store in one minute, the start of its jobs included."""
+    def hours_a_minute(folder: Path) -> float:
+        with tempfile.TemporaryDirectory() as store:
+            work = partial(prepare, folder, Path(store, "store"), SPECTROGRAMS["nano"], jobs=jobs)
+            return count * minutes / seconds(work)
+
+    with tempfile.TemporaryDirectory() as name:
+        for seed in range(count):
+            save_audio(Path(name, f"take {seed}.wav"), example_performance(60 * minutes, seed))
+        return compare("preparation of WAV files", "hours/min", {"pianodiff": partial(hours_a_minute, Path(name))},
+                       runs=runs)
+
+
+def records() -> Iterator[Record]:
+    yield preparation()
+    for device in devices():
+        yield training("nano", PRESETS["nano"], device, batch_size=16 if device == "cpu" else 64)
+
+
+if __name__ == "__main__":
+    append(records())

@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
+from . import NUM_STEPS, SAMPLER
 from .audio import SpectrogramConfig, normalize_peak, to_spectrogram, to_wave, write_whole
 from .data import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, open_store, read_recording
 from pianodiff.distance import (
@@ -217,8 +218,8 @@ def make_pieces(
     *,
     pieces: int = 10,
     seconds: float = 61.44,
-    steps: int = 40,
-    sampler: str = "heun",
+    steps: int = NUM_STEPS,
+    sampler: str = SAMPLER,
     seed: int = 0,
 ) -> list[Piece]:
     """What a model makes of the seeds from `seed` on: the whole blocks of each piece's `seconds`.
@@ -592,7 +593,7 @@ def _png(figure: "Figure") -> str:
 
 def _flac(wave: Tensor, sample_rate: int) -> str:
     data = io.BytesIO()
-    soundfile.write(data, wave.clamp(-1, 1).numpy(), sample_rate, format="FLAC")
+    soundfile.write(data, wave.clamp(-1, 1).numpy(), sample_rate, format="FLAC", compression_level=0.0)
     return base64.b64encode(data.getvalue()).decode()
 
 
@@ -732,8 +733,8 @@ def evaluate(
     *,
     pieces: int = 10,
     seconds: float = 61.44,
-    steps: int = 40,
-    sampler: str = "heun",
+    steps: int = NUM_STEPS,
+    sampler: str = SAMPLER,
     training: str | os.PathLike | None = None,
     transpose: int = 0,
     embeddings: Sequence[str] = ("logmel",),

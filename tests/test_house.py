@@ -13,6 +13,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import pianodiff
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pianodiff"
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -20,6 +22,7 @@ BIN = Path(sys.executable).parent
 
 # DESIGN's table: what each module may import of the package. The commands may import all.
 MAY_IMPORT = {
+    "sde": set(),
     "audio": set(),
     "data": {"audio"},
     "unet": set(),
@@ -41,6 +44,14 @@ SAMPLER = ("denoise latents cond * sigmas num_steps sigma_min sigma_max rho S_ch
 STOCHASTIC = ("denoise latents cond * sigmas num_steps sigma_min sigma_max rho eta S_noise randn_like dtype "
               "callback")
 CONTRACT = {
+    "sde.VPSDE": "beta_min beta_max", "sde.SubVPSDE": "beta_min beta_max", "sde.VESDE": "sigma_min sigma_max",
+    "sde.SDE.marginal": "x0 t", "sde.SDE.drift_diffusion": "x t", "sde.SDE.reverse": "score noise",
+    "sde.SDE.prior": "shape generator dtype", "sde.SDE.schedule": "t", "sde.SDE.time": "sigma",
+    "sde.dsm_loss": "sde score x0 t noise", "sde.score_from_noise": "sde predict_noise",
+    "sde.score_from_denoiser": "sde denoise cond",
+    "sde.euler_maruyama_sample": "sde score x * noise num_steps t_min times randn_like callback",
+    "sde.ode_sample": "sde score x * num_steps t_min times callback",
+    "sde.log_likelihood": "sde score x * probes num_steps t_min times generator",
     "audio.SpectrogramConfig": "sample_rate n_fft hop_length n_frames top_db",
     "audio.load_audio": "path sample_rate",
     "audio.save_audio": "path wave sample_rate",
@@ -60,24 +71,27 @@ CONTRACT = {
     "sampler.euler_ancestral_sample": STOCHASTIC,
     "sampler.dpmpp_3m_sde_sample": STOCHASTIC,
     "generate.Piano.from_pretrained": "name_or_path device",
-    "generate.Piano.generate": "seconds * seed prompt sampler num_steps guidance callback",
-    "generate.Piano.stream": "seconds * seed prompt sampler num_steps guidance callback",
-    "generate.Piano.spectrogram": "seconds * seed prompt sampler num_steps guidance callback",
+    "generate.Piano.generate": "seconds * seed prompt sampler num_steps guidance guidance_interval callback",
+    "generate.Piano.stream": "seconds * seed prompt sampler num_steps guidance guidance_interval callback",
+    "generate.Piano.spectrogram": "seconds * seed prompt sampler num_steps guidance guidance_interval callback",
     "generate.Piano.save_pretrained": "folder",
 }
 DEFAULTS = {
+    "sde.VPSDE": {"beta_min": 0.1, "beta_max": 20.0},
+    "sde.euler_maruyama_sample": {"noise": 1.0, "num_steps": 1000},
     "audio.SpectrogramConfig": {"sample_rate": 8000, "n_fft": 512, "hop_length": 128, "n_frames": 128, "top_db": 80.0},
     "audio.griffin_lim": {"n_iter": 32, "momentum": 0.99},
     "edm.karras_sigmas": {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0},
     "edm.Denoiser": {"sigma_data": 0.5},
     "sampler.heun_sample": {"num_steps": 40, "S_churn": 0.0, "S_max": float("inf"), "S_noise": 1.0},
     "generate.Piano.from_pretrained": {"name_or_path": "nano", "device": None},
-    "generate.Piano.generate": {"sampler": "heun", "num_steps": 40, "guidance": 1.0, "prompt": None, "seed": None},
+    "generate.Piano.generate": {"sampler": pianodiff.SAMPLER, "num_steps": pianodiff.NUM_STEPS, "guidance": 1.0,
+                                "guidance_interval": (0.0, float("inf")), "prompt": None, "seed": None},
     "generate.Piano.stream": {"seconds": None},
 }
 COMMANDS = {
-    "generate": "--seconds --seed --out --image --model --steps --sampler --guidance",
-    "continue": "--seconds --out",
+    "generate": "--seconds --seed --out --image --model --steps --sampler --guidance --guidance-interval --play",
+    "continue": "--seconds --out --play",
     "prepare": "--preset",
     "train": "--preset --init",
     "evaluate": "--out --pieces --training --transpose --embeddings --seed",
@@ -160,7 +174,7 @@ def test_imports_point_up_the_table(module: str):
             imported |= {path[0]} if path else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pianodiff.")}
-    assert imported & (MAY_IMPORT.keys() | {"sde"}) <= MAY_IMPORT[module]
+    assert imported & MAY_IMPORT.keys() <= MAY_IMPORT[module]
 
 
 def resolve(name: str) -> object:

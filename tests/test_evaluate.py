@@ -320,7 +320,7 @@ def test_the_report_is_whole_and_the_same_twice(music, tmp_path, capsys):
 def test_a_model_is_evaluated_by_its_name_and_its_command_gives_the_same(music, tmp_path, monkeypatch):
     monkeypatch.chdir(music)
     prepare(music / "real", tmp_path / "store", CFG, splits=["train"], jobs=1)
-    command = f"evaluate nano real --out {tmp_path}/a.html --pieces 2 --seconds 8.2 --steps 2 --seed 1 " \
+    command = f"evaluate nano real --out {tmp_path}/a.html --pieces 2 --seconds 8.2 --steps 2 --sampler heun --seed 1 " \
               f"--training {tmp_path}/store --transpose 1 --blocks 30"
     assert main(shlex.split(command)) == 0
     first = json.loads((tmp_path / "a.json").read_text())

@@ -61,6 +61,8 @@ def k_diffusion() -> ModuleType | None:
             del sys.modules[name]
             if module:
                 sys.modules[name] = module
+        for name in ("utils", "sampling", "external", "layers"):  # whoever loads them next gets them whole
+            sys.modules.pop(f"k_diffusion.{name}", None)
     return package
 
 

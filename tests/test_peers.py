@@ -48,6 +48,8 @@ def k():
         for name in ("torchvision", "torchvision.transforms", "torchdiffeq", "torchsde", "dctorch", "einops"):
             patch.setitem(sys.modules, name, MagicMock())
         for name in ("utils", "sampling", "external", "layers"):
+            patch.delitem(sys.modules, f"k_diffusion.{name}", raising=False)    # loaded as part of another package
+        for name in ("utils", "sampling", "external", "layers"):
             importlib.import_module(f"k_diffusion.{name}")
     return package
 

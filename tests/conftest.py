@@ -1,3 +1,4 @@
+import importlib
 import os
 import shutil
 import signal
@@ -29,3 +30,12 @@ def fluidsynth() -> str:
     if not (program := shutil.which("fluidsynth")):
         pytest.skip("fluidsynth is missing: apt-get install fluidsynth")
     return program
+
+
+def resolve(name: str) -> object:
+    """What a name of the package stands for: "audio.to_wave", "generate.Piano.stream"."""
+    module, *attributes = name.split(".")
+    found = importlib.import_module(f"pianodiff.{module}")
+    for attribute in attributes:
+        found = getattr(found, attribute)
+    return found

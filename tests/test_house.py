@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import resolve
 
 import pianodiff
 
@@ -175,14 +176,6 @@ def test_imports_point_up_the_table(module: str):
         elif isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pianodiff.")}
     assert imported & MAY_IMPORT.keys() <= MAY_IMPORT[module]
-
-
-def resolve(name: str) -> object:
-    module, *attributes = name.split(".")
-    found = importlib.import_module(f"pianodiff.{module}")
-    for attribute in attributes:
-        found = getattr(found, attribute)
-    return found
 
 
 @pytest.mark.parametrize("name", CONTRACT)

@@ -1,6 +1,5 @@
 """The pages that are not chapters: every equation and figure has its place, every name and every link leads there."""
 
-import importlib
 import re
 import shlex
 from functools import cache
@@ -9,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from conftest import resolve
 
 from pianodiff.cli import main
 
@@ -46,14 +46,6 @@ def table() -> dict[str, tuple[str, str]]:
     rows = row.findall((ROOT / "book" / "notation.md").read_text())
     assert len(rows) == len({label for label, *_ in rows}), "a row stands twice"
     return {label: (chapter, function) for label, chapter, function in rows}
-
-
-def resolve(name: str) -> object:
-    module, *attributes = name.split(".")
-    found = importlib.import_module(f"pianodiff.{module}")
-    for attribute in attributes:
-        found = getattr(found, attribute)
-    return found
 
 
 def test_no_equation_and_no_figure_is_missing():

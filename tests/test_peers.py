@@ -8,10 +8,8 @@ import importlib
 import importlib.util
 import inspect
 import os
-import sys
 from functools import partial
-from types import ModuleType
-from unittest.mock import MagicMock
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,31 +25,18 @@ SPREADS = torch.tensor([0.08, 0.2, 0.4], dtype=torch.float64)
 exactly = partial(torch.testing.assert_close, atol=1e-12, rtol=1e-12)
 
 
-def needed(package: str, install: str) -> importlib.machinery.ModuleSpec:
-    spec = importlib.util.find_spec(package)
-    if spec is None:
+def needed(package: str, install: str) -> None:
+    if importlib.util.find_spec(package) is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{package} is missing: pip install {install}")
-    return spec
 
 
 @pytest.fixture(scope="module")
 def k():
-    """k-diffusion's modules `sampling`, `external` and `layers`.
-
-    The package's `__init__` imports all that its training needs (CLIP, wandb, kornia and more), so it is not run; and
-    what these three import for purposes other than ours is a mock while they are loaded.
-    """
-    package = ModuleType("k_diffusion")
-    package.__path__ = needed("k_diffusion", "--no-deps k-diffusion").submodule_search_locations
+    """k-diffusion's modules `sampling`, `external` and `layers`, as the bench loads them."""
+    needed("k_diffusion", "--no-deps k-diffusion")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "k_diffusion", package)
-        for name in ("torchvision", "torchvision.transforms", "torchdiffeq", "torchsde", "dctorch", "einops"):
-            patch.setitem(sys.modules, name, MagicMock())
-        for name in ("utils", "sampling", "external", "layers"):
-            patch.delitem(sys.modules, f"k_diffusion.{name}", raising=False)    # loaded as part of another package
-        for name in ("utils", "sampling", "external", "layers"):
-            importlib.import_module(f"k_diffusion.{name}")
-    return package
+        patch.syspath_prepend(Path(__file__).resolve().parent.parent / "bench")
+        return importlib.import_module("common").k_diffusion()
 
 
 @pytest.fixture(scope="module")

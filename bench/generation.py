@@ -1,19 +1,18 @@
 """From a seed to sound with the shipped model: against real time, and until the first sound."""
 
-import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from common import Record, append, compare, devices, seconds
 
+from pianodiff import NUM_STEPS, SAMPLER
 from pianodiff.generate import Piano
 
 
 def settings() -> dict[str, dict[str, Any]]:
     """The default of `generate`, and the paper's setting: 79 evaluations a block by Heun's method."""
-    default = {key: inspect.signature(Piano.generate).parameters[key].default for key in ("sampler", "num_steps")}
-    found = [default, {"sampler": "heun", "num_steps": 40}]
+    found = [{"sampler": SAMPLER, "num_steps": NUM_STEPS}, {"sampler": "heun", "num_steps": 40}]
     return {"{sampler}, {num_steps} steps".format_map(setting): setting for setting in found}
 
 

@@ -1,14 +1,14 @@
 """The network alone: one evaluation by memory layout and back end, its share of the machine's peak, blocks a second."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from common import Record, append, compare, devices, seconds
 
+from pianodiff import NUM_STEPS, SAMPLER
 from pianodiff.edm import Denoiser
-from pianodiff.generate import SAMPLERS, Piano
+from pianodiff.generate import SAMPLERS
 from pianodiff.unet import PRESETS, UNet, UNetConfig, count
 
 NETWORKS = {name: PRESETS[name] for name in ("nano", "base")}
@@ -70,18 +70,16 @@ def arithmetic(name: str, config: UNetConfig, device: str = "cpu", *, batches: S
 def sampling(name: str, config: UNetConfig, device: str = "cpu", *, batches: Sequence[int] = (1, 8),
              runs: int = 5) -> Record:
     """Blocks sampled a second, at the sampler and steps that `generate` has by default."""
-    defaults = {key: p.default for key, p in inspect.signature(Piano.generate).parameters.items()}
-    sample, num_steps = SAMPLERS[defaults["sampler"]], defaults["num_steps"]
     net = build(config, device)
 
     def blocks_a_second(batch: int) -> float:
         x, _, prev = inputs(config, batch, device)
         past = net.encode(prev)
-        return batch / seconds(lambda: sample(Denoiser(net), x, past, num_steps=num_steps), device)
+        return batch / seconds(lambda: SAMPLERS[SAMPLER](Denoiser(net), x, past, num_steps=NUM_STEPS), device)
 
     contenders = {f"batch {batch}": partial(blocks_a_second, batch) for batch in batches}
     return compare(f"sampling with {name}", "blocks/s", contenders, runs=runs, device=device,
-                   sampler=defaults["sampler"], num_steps=num_steps)
+                   sampler=SAMPLER, num_steps=NUM_STEPS)
 
 
 def records() -> Iterator[Record]:

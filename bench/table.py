@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from common import RESULTS, Record
 
 README = RESULTS.parent.parent / "README.md"
-BEGIN, END = "<!-- bench -->\n", "<!-- /bench -->"
 
 
 def figure(value: float) -> str:
@@ -50,16 +49,16 @@ def table(lines: Iterable[str]) -> str:
     return "\n\n".join("\n".join([name, *body]) for name, body in machines.items()) + "\n"
 
 
-def update(text: str, made: str) -> str:
-    """README's text with `made` between the marks. ValueError where these are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def update(text: str, made: str, mark: str) -> str:
+    """`text` with `made` between the lines of the mark. ValueError where these are missing."""
+    before, begin, rest = text.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
     if not (begin and end):
-        raise ValueError(f"README.md lacks the lines {BEGIN.strip()} and {END}; put them where the table belongs")
+        raise ValueError(f"the lines <!-- {mark} --> and <!-- /{mark} --> are missing; put them where figures belong")
     return before + begin + made + end + after
 
 
 if __name__ == "__main__":
     if not RESULTS.exists():
         sys.exit(f"there is no {RESULTS.name} yet: make bench")
-    README.write_text(update(README.read_text(), table(RESULTS.read_text().splitlines())))
+    README.write_text(update(README.read_text(), table(RESULTS.read_text().splitlines()), "bench"))

@@ -13,7 +13,7 @@ import torch
 from pianodiff.unet import UNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("common", "samplers", "sound", "network", "generation", "training", "table")
+SCRIPTS = ("common", "samplers", "sound", "network", "generation", "training", "table", "card")
 TINY = UNetConfig(n_bins=16, n_frames=8, channels=(8, 16), blocks=(1, 1), attention=("", "ft"), emb_channels=16,
                   cond_channels=(8, 8))
 
@@ -185,22 +185,40 @@ def test_table(bench):
     assert "| x, s | a: 2 (2–2) | b: 6 (6–6), **3 ×** (3–3) |\n" in made and "a: 1 " not in made
     assert made.index("| x,") < made.index("| y,") < made.index("One Some GPU beside") < made.index("b 1.2: 6 (6–6)")
     readme = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
-    done = table.update(readme, made)
-    assert done == f"before\n<!-- bench -->\n{made}<!-- /bench -->\nafter\n" == table.update(done, made)
-    with pytest.raises(ValueError, match="lacks the lines"):
-        table.update("no marks", made)
+    done = table.update(readme, made, "bench")
+    assert done == f"before\n<!-- bench -->\n{made}<!-- /bench -->\nafter\n" == table.update(done, made, "bench")
+    with pytest.raises(ValueError, match="/bench --> are missing"):
+        table.update("no marks", made, "bench")
 
 
 def test_readme_is_made_of_the_results(bench):
     readme, lines = (ROOT / "README.md").read_text(), (ROOT / "bench" / "results.jsonl").read_text().splitlines()
     for line in lines:
         checked(json.loads(line), len(json.loads(line)["results"]))
-    assert bench["table"].update(readme, bench["table"].table(lines)) == readme, "run python bench/table.py"
+    assert bench["table"].update(readme, bench["table"].table(lines), "bench") == readme, "run python bench/table.py"
+
+
+def test_what_is_told_of_the_model_is_what_was_measured(bench):
+    """And that it would be seen: other figures make another text."""
+    card = bench["card"]
+    config, report = (json.loads((card.MODEL / name).read_text()) for name in ("config.json", "report.json"))
+    for path, made in card.parts(config, report).items():
+        assert bench["table"].update(path.read_text(), made, "nano") == path.read_text(), "run python bench/card.py"
+    before = card.parts(config, report)
+    config["training"]["images"] += 1000
+    report["distances"]["logmel-24x4"]["model"]["frechet"] += 1
+    assert all(made != before[path] for path, made in card.parts(config, report).items())
+
+
+def test_a_model_has_seen_what_its_ancestors_saw(bench):
+    first = {"images": 1, "seconds": 0}
+    training = {"images": 5, "seconds": 1800, "ancestor": {"images": 7, "seconds": 5400, "ancestor": first}}
+    assert bench["card"].seen(training) == (13, 2.0)
 
 
 def test_make_bench_runs_every_script():
     """But for those that measure nothing, and the study of quality by steps."""
     done = subprocess.run(["make", "--dry-run", "--always-make", "bench"], cwd=ROOT, capture_output=True, text=True)
     named = re.search(r"for name in (.*?); do", done.stdout).group(1).split()
-    assert {*named} == {path.stem for path in (ROOT / "bench").glob("*.py")} - {"common", "quality"}
+    assert {*named} == {path.stem for path in (ROOT / "bench").glob("*.py")} - {"common", "quality", "card"}
     assert named[-1] == "table"

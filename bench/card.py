@@ -1,0 +1,106 @@
+"""Writes what was measured of the shipped model into README, its card and the book, between `<!-- nano -->` marks.
+
+All of it is read from what training (config.json) and `pianodiff evaluate` (report.json) left beside the weights.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from table import update
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "pianodiff" / "weights" / "nano"
+ROWS = {"real": "other real music: the floor",
+        "retrieved": "the same through spectrogram and phase retrieval: the ceiling",
+        "model": "**nano**", "noise": "white noise"}
+STATISTICS = {"notes_per_second": ("notes a second", 1), "polyphony": ("notes that sound at once", 1),
+              "register": ("register, median MIDI pitch", 0), "key_clarity": ("clarity of the key", 2),
+              "level": ("level, dBFS", 1), "flatness": ("spectral flatness, dB", 1)}
+WATTS = (5, 15)    # a busy core of a server, its share of memory, supplies and cooling included: an assumption
+
+
+def runs(training: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A model's trainings, the last one first."""
+    yield training
+    if ancestor := training.get("ancestor"):
+        yield from runs(ancestor)
+
+
+def seen(training: dict[str, Any]) -> tuple[int, float]:
+    """Blocks and hours of all its trainings."""
+    return sum(run["images"] for run in runs(training)), sum(run["seconds"] for run in runs(training)) / 3600
+
+
+def between(low: float, high: float, digits: int) -> str:
+    return f"{low:.{digits}f} – {high:.{digits}f}"
+
+
+def table(header: str, rows: list[str]) -> str:
+    columns = header.count("|") - 1
+    return "\n".join([header, "|---" * columns + "|", *rows]) + "\n"
+
+
+def distances(report: dict[str, Any]) -> str:
+    """The four rows under the first embedding."""
+    name, found = next(iter(report["distances"].items()))
+    rows = [f"| {label} | {row['frechet']:.2f} | {row['frechet_infinity']:.2f} "
+            f"({between(*row['frechet_interval'], 2)}) | {row['kernel']:.3f} ({between(*row['kernel_interval'], 3)}) |"
+            for key, label in ROWS.items() for row in [found[key]]]
+    clips, reference = found["model"]["clips"], report["reference"]
+    return (f"Distance of {clips} blocks from {reference['blocks']:,} blocks of {reference['pieces']} "
+            f"performances that it was not trained on, to the built-in embedding `{name.partition('-')[0]}`:\n\n"
+            + table(f"| {clips} blocks of | Fréchet | N → ∞ (95 %) | kernel (95 %) |", rows))
+
+
+def music(report: dict[str, Any]) -> str:
+    """The medians of the model's blocks beside those of real ones, and how surely its joins can be told."""
+    rows = ["| " + " | ".join([label, *(f"{report['statistics'][key][whose]['median']:.{digits}f}"
+                                        for whose in ("model", "reference"))]) + " |"
+            for key, (label, digits) in STATISTICS.items()]
+    flux = {name: f"{row['flux']['auc']:.2f}" for name, row in report["joins"].items()}
+    rows += ["| probability that a join shows more flux than a block's middle "
+             f"| {flux['model']} | {flux['real neighbours']} |"]
+    copies = report["novelty"]["spectrogram"]["verdict"]["share"]
+    rows += [f"| blocks as near to a training passage as the nearest 1 % of held-out music | {copies:.1%} | 1 % |"]
+    return "Medians of its blocks, its joins, and copies:\n\n" + table("| | nano | real music |", rows)
+
+
+def losses(training: dict[str, Any]) -> str:
+    validation = training["validation"]
+    rows = [f"| {sigma} | {loss:.3f} |" for sigma, loss in validation["loss"].items()]
+    return (f"Weighted loss (Eqs. 25 and 33) on {validation['blocks']} blocks of the {validation['split']} split, with "
+            "their predecessors. A network\nthat answers nothing has loss 1 at every noise level.\n\n"
+            + table("| sigma | loss |", rows))
+
+
+def cost(training: dict[str, Any]) -> str:
+    """Hours, and the energy that these may have taken."""
+    blocks, hours = seen(training)
+    energy = [watts * hours for watts in WATTS]
+    litres = [watt_hours * 3600 / (4186 * 80) for watt_hours in energy]    # from 20 °C
+    minutes = [watt_hours / 300 * 60 for watt_hours in energy]
+    return (f"`nano` has seen {blocks:,} blocks in {hours:.1f} hours on one core of a shared CPU. At "
+            f"{between(*WATTS, 0)} W these are {between(*energy, 0)} Wh,\nwhat it takes to boil {between(*litres, 1)} "
+            f"litres of water; a GPU of 300 W takes it in {between(*minutes, 0)} minutes.\n")
+
+
+def parts(config: dict[str, Any], report: dict[str, Any]) -> dict[Path, str]:
+    """Each file's part between its marks."""
+    training = config["training"]
+    blocks, hours = seen(training)
+    age = f"It has seen {blocks:,} blocks in {hours:.1f} hours of training on one core of a shared CPU.\n"
+    measured = f"{distances(report)}\n{music(report)}"
+    took = report["seconds"]
+    seconds = (f"\nMaking its {report['generated']['pieces']} pieces took {took['making']:.0f} s on two cores, "
+               f"evaluating them {took['evaluating']:.0f} s.\n")
+    return {ROOT / "README.md": f"{age}\n{measured}{seconds}",
+            MODEL / "README.md": f"{age}\n{losses(training)}\n{measured}",
+            ROOT / "book" / "related.md": cost(training)}
+
+
+if __name__ == "__main__":
+    found = parts(*(json.loads((MODEL / name).read_text()) for name in ("config.json", "report.json")))
+    for path, made in found.items():
+        path.write_text(update(path.read_text(), made, "nano"))

@@ -26,9 +26,11 @@ from pianodiff.audio import (
     normalize_peak,
     save_audio,
     stream_wave,
+    to_flac,
     to_magnitude,
     to_spectrogram,
     to_wave,
+    whole_file,
     write_whole,
 )
 from pianodiff.data import example_performance
@@ -249,6 +251,27 @@ def test_a_file_is_whole_whoever_else_writes_it(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_writer_that_fails_changes_nothing(tmp_path, old):
+    path = tmp_path / "x"
+    if old:
+        path.write_bytes(old)
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
+        part.write_bytes(b"half")
+        raise KeyboardInterrupt
+    with whole_file(path):
+        pass  # no part is written
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [old] * bool(old)
+
+
+def test_parts_lie_beside_the_file_and_have_names_of_their_own(tmp_path):
+    with whole_file(tmp_path / "x") as one, whole_file(tmp_path / "x") as two:
+        assert one.parent == two.parent == tmp_path and one != two
+        one.write_bytes(b"one")
+        two.write_bytes(b"two")
+    assert (tmp_path / "x").read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1  # the last to end
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_a_file_has_the_permissions_of_the_umask(tmp_path, umask):
     before = os.umask(umask)
@@ -265,6 +288,32 @@ def test_a_folder_that_cannot_be_written():
         pytest.skip("there is no /proc here, where nobody can write")
     with pytest.raises(ValueError, match="can't be written") as error:
         save_audio("/proc/x.wav", torch.zeros(100))
+    one_line(error)
+
+
+@pytest.mark.parametrize("rate", [8000, 44_100])
+def test_flac_is_the_wave_at_its_own_level(rate):
+    wave = 1.5 * torch.sin(torch.arange(40_000) * 0.1)
+    data = to_flac(wave.double().requires_grad_(), rate)
+    found, heard = soundfile.read(io.BytesIO(data), dtype="float32")
+    assert heard == rate and data[:4] == b"fLaC"
+    torch.testing.assert_close(torch.from_numpy(found), wave.clamp(-1, 1), atol=2**-15, rtol=0)
+
+
+def test_flac_frames_are_short():
+    """Chromium can't find a place in short sounds of libFLAC's usual 4096 samples a frame: it gives up playing."""
+    assert int.from_bytes(to_flac(torch.zeros(40_000))[10:12]) <= 1152  # STREAMINFO's largest block
+
+
+@pytest.mark.parametrize("bad, message", [
+    (torch.zeros(0), r"not one of shape \[0\]"),
+    (torch.zeros(2, 100), r"not one of shape \[2, 100\]"),
+    (torch.tensor([0.0, torch.nan]), "NaN or infinite"),
+    (torch.tensor([0.0, torch.inf]), "NaN or infinite"),
+])
+def test_flac_of_no_wave(bad, message):
+    with pytest.raises(ValueError, match=message) as error:
+        to_flac(bad)
     one_line(error)
 
 

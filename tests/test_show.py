@@ -1,19 +1,26 @@
-"""Pictures, players and sliders: what lies in a page is what was given, and bad input is named (chapter 11)."""
+"""Players, sliders and the studio: what lies in a page is what was given, and bad input is named (chapter 11)."""
 
 import base64
 import io
 import re
 import shutil
 import subprocess
+import sys
+import threading
+from datetime import datetime
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from PIL import Image
 
-from pianodiff.audio import SPECTROGRAMS, to_spectrogram
-from pianodiff.show import player, slider
+from pianodiff import NUM_STEPS, SAMPLER
+from pianodiff.audio import SPECTROGRAMS, to_flac, to_spectrogram
+from pianodiff.generate import SAMPLERS, Piano
+from pianodiff.show import _SAMPLERS, _SCRIPT, _SLIDER, _STYLE, player, slider, studio
 
 CFG = SPECTROGRAMS["nano"]
 WAVES = [0.3 * torch.sin(torch.arange(8192.0) * pitch) for pitch in (0.2, 0.5, 1.0)]
@@ -44,44 +51,120 @@ def sounds(page: str) -> list[bytes]:
     return [base64.b64decode(data) for data in re.findall('data:audio/flac;base64,([^"]+)"', page)]
 
 
-def test_a_player_holds_the_wave_at_its_own_level():
-    sound, = sounds(player(WAVES[0])._repr_html_())
+def picture(page: str, at: int = 0) -> np.ndarray:
+    """The brightness `[rows, columns]` of a page's picture, low frequencies first."""
+    data = re.findall('data:image/webp;base64,([^"]+)"', page)[at]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"), dtype=float)[::-1]
+
+
+def ticks(page: str) -> tuple[dict[str, float], dict[str, float]]:
+    """The labels of the frequency and of the time axis, with their places in percent."""
+    found = re.findall(r'<i style="(bottom|left):([\d.]+)%">(.*?)</i>', page)
+    axes = [{text: float(place) for side, place, text in found if side == name} for name in ("bottom", "left")]
+    return axes[0], axes[1]
+
+
+# ---- the player
+
+@pytest.mark.parametrize("wave", [WAVES[0], WAVES[0].double().numpy(), list(WAVES[0])])
+def test_a_player_holds_the_wave_at_its_own_level(wave):
+    sound, = sounds(player(wave)._repr_html_())
     found, rate = soundfile.read(io.BytesIO(sound), dtype="float32")
     assert rate == 8000
-    torch.testing.assert_close(torch.from_numpy(found), WAVES[0], atol=2**-15, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(found), torch.as_tensor(wave).float(), atol=2**-15, rtol=0)
 
 
-def test_flac_frames_are_short():
-    """Chromium can't find a place in short sounds of libFLAC's usual 4096 samples a frame: it gives up playing."""
-    sound, = sounds(player(torch.zeros(40_000))._repr_html_())
-    assert sound[:4] == b"fLaC" and int.from_bytes(sound[10:12]) <= 1152  # STREAMINFO's largest block
+@pytest.mark.parametrize("rate, seconds", [(8000, 2.048), (44_100, 1.0), (22_050, 0.3), (8000, 0.0125)])
+def test_the_picture_shows_where_the_sound_is(rate, seconds):
+    """A tone at an eighth of the rate, in the second half alone: a quarter up, on the right half; at any rate."""
+    wave = 0.5 * torch.sin(torch.arange(round(rate * seconds)) * torch.pi / 4)
+    wave[: len(wave) // 2] = 0
+    rows = picture(player(wave, rate).data)
+    assert abs((rows.mean(1).argmax() + 0.5) / len(rows) - 0.25) < 0.02
+    if seconds > 0.2:
+        columns = rows[len(rows) // 4 - 4 : len(rows) // 4 + 4].max(0)
+        assert columns[: int(0.4 * len(columns))].max() < 60 < 100 < columns[int(0.6 * len(columns)) :].min()
 
+
+def test_ten_minutes_have_a_small_picture_in_which_a_short_sound_is_seen():
+    wave = torch.zeros(10 * 60 * 8000)
+    wave[2_400_000:2_401_000] = 0.5 * torch.sin(torch.arange(1000.0))  # an eighth of a second in the middle
+    page = player(wave).data
+    columns = picture(page).max(0)
+    assert len(columns) == 1000 and columns[499:502].max() > 100 and np.delete(columns, range(496, 505)).max() < 20
+    assert list(ticks(page)[1]) == ["0", "100", "200", "300", "400", "500", "600 s"]
+
+
+def test_a_player_is_small():
+    wave = torch.randn(20 * 8000, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)  # the hardest to squeeze
+    page = player(0.3 * wave).data
+    assert len(_STYLE + _SCRIPT) < 4096 and len(re.findall("image/webp;base64,([^\"]+)", page)[0]) * 3 / 4 < 40_000
+    assert len(page) - len(_STYLE + _SCRIPT) - sum(map(len, re.findall('base64,([^"]+)', page))) < 1500
+
+
+@pytest.mark.parametrize("samples, rate, frequencies, times", [
+    (16_384, 8000, {"0": 0, "1": 25, "2": 50, "3": 75, "4 kHz": 100}, {"0": 0, "0.5": 24.41, "2 s": 97.66}),
+    (160_000, 8000, {"2": 50}, {"0": 0, "5": 25, "20 s": 100}),
+    (44_100, 44_100, {"0": 0, "5": 22.68, "20 kHz": 90.7}, {"0.2": 20, "1 s": 100}),
+])
+def test_the_axes_are_in_seconds_and_kilohertz(samples, rate, frequencies, times):
+    for found, expected in zip(ticks(player(torch.zeros(samples), rate).data), (frequencies, times), strict=True):
+        assert {name: found[name] for name in expected} == pytest.approx(expected, abs=0.01)
+        assert len(found) <= 7
+
+
+def test_silence_is_dark_and_plays():
+    page = player(torch.zeros(8000)).data
+    assert picture(page).max() < 5 and len(sounds(page)) == 1
+
+
+def test_without_scripts_there_are_a_picture_and_the_browsers_own_controls():
+    page = Page(player(WAVES[0], title="a < b").data)
+    audio, = page.all("audio")
+    assert "controls" in audio and audio["src"].startswith("data:audio/flac;base64,")
+    assert page.all("img")[0]["alt"] == "spectrogram: a < b" and ("figcaption", "a < b") in page.texts
+    assert page.all("piano-head") == [{"seconds": "1.024"}]  # the rest is the script's, which makes it a slider
+    assert all(span["aria-hidden"] == "true" for span in page.all("span"))
+
+
+@pytest.mark.parametrize("bad, message", [
+    (torch.zeros(0), r"a wave \[T\] with T > 0 is needed, not one of shape \[0\]"),
+    (torch.zeros(2, 100), r"not one of shape \[2, 100\]"),
+    (torch.tensor([0.0, torch.nan]), "NaN or infinite"),
+])
+def test_no_player_for_what_is_no_wave(bad, message):
+    with pytest.raises(ValueError, match=message) as error:
+        player(bad)
+    assert "\n" not in str(error.value)
+
+
+# ---- the slider
 
 def test_a_slider_holds_all_frames_in_order():
-    page = Page(slider(FRAMES, CFG, label="a & b").data)
+    data = slider(FRAMES, CFG, label="a & b").data
+    page = Page(data)
     control, = page.all("input")
     assert (control["type"], control["min"], control["max"], control["value"]) == ("range", "0", "2", "0")
     assert ("label", "a & b") in page.texts
     assert [text for tag, text in page.texts if tag == "figcaption"] == ["0 < 3", "1 < 3", "2 < 3"]
-    assert [image["alt"] for image in page.all("img")] == ["spectrogram: a & b 1 < 3", "spectrogram: a & b 2 < 3"]
-    for wave, sound in zip(WAVES, sounds(slider(FRAMES, CFG, label="a & b").data), strict=True):
+    assert [image["alt"] for image in page.all("img")] == [f"spectrogram: {i} < 3" for i in range(3)]
+    for wave, sound in zip(WAVES, sounds(data), strict=True):
         found, _ = soundfile.read(io.BytesIO(sound), dtype="float32")
         torch.testing.assert_close(torch.from_numpy(found), wave, atol=2**-15, rtol=0)
+    assert data.count(_SCRIPT) == data.count(_STYLE) == data.count(_SLIDER) == 1
 
 
-def test_pictures_differ_and_are_wide():
-    first, second = (image["src"].removeprefix("data:image/webp;base64,")
-                     for image in Page(slider(FRAMES, CFG, label="pitch", height=3).data).all("img"))
-    assert first != second and Image.open(io.BytesIO(base64.b64decode(first))).size == (810, 405)
+def test_a_slider_shows_the_spectrogram_that_is_given_or_the_waves_own():
+    dark, own = torch.zeros(256, 64), [("own", None, WAVES[1])]
+    page = slider([("given", dark, WAVES[1]), *own], CFG, label="x").data
+    assert picture(page).max() < 5
+    loudest = picture(page, 1).mean(1).argmax()
+    assert abs(loudest - 0.5 / (2 * np.pi) * 512) <= 1  # 0.5 radians a sample
 
 
-def test_a_slider_asks_nobody_and_has_a_key_of_its_own():
-    pages = [slider(frames, CFG, label=label).data for frames, label in
-             ((FRAMES, "a"), (FRAMES, "a"), (FRAMES, "b"), (FRAMES[:2], "a"))]
-    keys = [re.findall(r'data-slider="(\w+)"', page) for page in pages]
-    assert all(len(found) == 2 and len(set(found)) == 1 for found in keys)  # the element, and the script's search
-    assert keys[0] == keys[1] and len({found[0] for found in keys}) == 3
-    assert all(re.search(r"https?:|\ssrc=\"(?!data:)", page) is None for page in pages)
+def test_pages_ask_nobody():
+    for page in (player(WAVES[0]).data, slider(FRAMES, CFG, label="a").data):
+        assert re.search(r"https?:|\ssrc=\"(?!data:)", page) is None
 
 
 @pytest.mark.parametrize("frames, message", [
@@ -98,30 +181,195 @@ def test_bad_frames_are_named(frames, message):
     assert "\n" not in str(error.value)
 
 
-DRIVE = """<script>
-const [first, second] = document.querySelectorAll("[data-slider]"), input = first.querySelector("input");
-const sounds = [...first.querySelectorAll("audio")], log = [];
-const move = value => { input.value = value; input.dispatchEvent(new Event("input")) };
-const note = () => log.push([input.ariaValueText, ...[...first.querySelectorAll("figure")].map((figure, i) =>
-  `${figure.style.display || "shown"} ${sounds[i].paused ? "still" : "plays"} ${sounds[i].currentTime}`)].join(", "));
-note(); sounds[0].currentTime = 0.5; move(2); note();
-sounds[2].play().catch(() => {}); move(1); note();
-log.push([...second.querySelectorAll("figure")].map(figure => figure.style.display || "shown").join(", "));
-document.title = log.join("; ");
-</script>"""
+# ---- the studio
+
+class Tones:
+    """A piano that plays the seed, in hertz; it waits at `gate` in its second step."""
+
+    cfg = CFG
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def generate(self, seconds, *, callback, **settings):
+        self.calls.append({"seconds": seconds, **settings})
+        if settings["seed"] == 13:
+            raise ValueError("no 13\nnor anything like it")
+        for step in range(settings["num_steps"]):
+            callback(SimpleNamespace(block=0, num_blocks=1, step=step + 1, num_steps=settings["num_steps"]))
+            assert self.gate.wait(60)
+        return 0.5 * torch.sin(torch.arange(round(8000 * seconds)) * (2 * torch.pi * settings["seed"] / 8000))
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
-def test_a_browser_changes_picture_and_sound_and_keeps_the_place(tmp_path):
-    pages = [slider(FRAMES, CFG, label="one").data, slider(FRAMES[:2], CFG, label="two").data]
-    (tmp_path / "page.html").write_text("<!doctype html><meta charset='utf-8'>" + "".join(pages) + DRIVE)
-    options = ["headless", "no-sandbox", "disable-gpu", f"user-data-dir={tmp_path}/user", "dump-dom",
-               "autoplay-policy=no-user-gesture-required"]
-    done = subprocess.run(["chromium", *(f"--{option}" for option in options), tmp_path / "page.html"],
-                          capture_output=True, text=True, timeout=120)
-    title, = [text for tag, text in Page(done.stdout).texts if tag == "title"]
-    assert title.split("; ") == [
-        "0 < 3, shown still 0, none still 0, none still 0",
-        "2 < 3, none still 0.5, none still 0, shown still 0.5",
-        "1 < 3, none still 0.5, shown plays 0.5, none still 0.5",
-        "shown, none"]
+def play(room) -> None:
+    room.button.click()
+    room.thread.join(120)
+    assert not room.thread.is_alive() and room.button.description == "Generate"
+
+
+def upload(room, name: str, data: bytes) -> None:
+    room.prompt.value = ({"name": name, "type": "", "size": len(data), "content": memoryview(data),
+                          "last_modified": datetime.now()},)
+
+
+def heard(room) -> torch.Tensor:
+    sound, again = (base64.b64decode(data) for data in
+                    re.findall('data:audio/flac;base64,([^"]+)"', room.output.outputs[0]["data"]["text/html"]))
+    assert sound == again  # the player's and the link's
+    return torch.from_numpy(soundfile.read(io.BytesIO(sound), dtype="float32")[0])
+
+
+def test_the_studio_plays_what_is_asked_for():
+    room = studio(Tones())
+    play(room)
+    assert room.piano.calls == [{"seconds": 8.0, "seed": 7, "prompt": None, "sampler": SAMPLER, "num_steps": NUM_STEPS,
+                                 "guidance": 1.0}]
+    room.seconds.value, room.seed.value = 2, 440
+    room.sampler.value, room.steps.value, room.guidance.value = "heun", 5, 2
+    play(room)
+    assert room.piano.calls[1] == {"seconds": 2.0, "seed": 440, "prompt": None, "sampler": "heun", "num_steps": 5,
+                                   "guidance": 2.0}
+    assert room.progress.value == 1 and room.status.value == "" and len(heard(room)) == 16_000
+    page = Page(room.output.outputs[0]["data"]["text/html"])
+    assert page.all("a")[0]["download"] == "piano-440.flac" and ("figcaption", "seed 440") in page.texts
+
+
+def test_the_studio_goes_on_from_an_upload_until_it_is_forgotten():
+    room = studio(Tones())
+    upload(room, "a.flac", to_flac(WAVES[0]))
+    room.seconds.value = 1
+    play(room)
+    torch.testing.assert_close(room.piano.calls[0]["prompt"], WAVES[0], atol=2**-15, rtol=0)
+    assert len(heard(room)) == len(WAVES[0]) + 8000
+    torch.testing.assert_close(heard(room)[: len(WAVES[0])], WAVES[0], atol=2**-14, rtol=0)
+    room.forget.click()
+    play(room)
+    assert room.piano.calls[1]["prompt"] is None and len(heard(room)) == 8000
+
+
+def test_the_studio_tells_an_error_in_one_line_and_works_again():
+    room = studio(Tones())
+    room.seed.value = 13
+    play(room)
+    assert room.status.value == "no 13" and room.output.outputs == ()
+    upload(room, "a.txt", b"words")
+    play(room)
+    assert "can't be read as sound" in room.status.value and "\n" not in room.status.value
+    room.forget.click()
+    room.seed.value = 14
+    play(room)
+    assert room.status.value == "" and room.output.outputs
+
+
+def test_the_studio_stops_when_it_is_told_to():
+    room = studio(Tones())
+    play(room)
+    room.piano.gate.clear()
+    room.button.click()
+    while not room.progress.value:  # it waits in its first step
+        assert room.thread.is_alive()
+    assert room.button.description == "Stop"
+    room.button.click()
+    room.piano.gate.set()
+    room.thread.join(120)
+    assert (room.status.value, room.button.description) == ("stopped", "Generate") and room.progress.value < 1
+    play(room)
+    assert room.status.value == "" and room.progress.value == 1
+
+
+def test_the_studio_plays_the_shipped_model():
+    room = studio(Piano.from_pretrained("nano"))
+    room.seconds.value, room.steps.value = 2, 2
+    play(room)
+    assert room.status.value == "" and room.progress.value == 1
+    expected = room.piano.generate(2, seed=7, num_steps=2)
+    torch.testing.assert_close(heard(room), expected.clamp(-1, 1), atol=2**-14, rtol=0)
+
+
+def test_the_studio_offers_the_samplers_there_are():
+    assert set(_SAMPLERS) == set(SAMPLERS) and len(_SAMPLERS) == len(SAMPLERS)
+
+
+def test_where_no_widget_is_shown_the_studio_says_how_to_get_one():
+    bundle = studio(Tones())._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert re.search("needs a running kernel.*Jupyter.*Colab", bundle["text/html"], re.S)
+
+
+def test_importing_show_is_cheap():
+    """What only a notebook needs is imported where it is needed."""
+    code = "import sys, pianodiff.show; print({'matplotlib', 'ipywidgets', 'IPython', 'PIL'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# ---- in a browser
+
+DRIVE = """async () => {
+  const sounds = [...document.querySelectorAll("audio")], log = [], wait = ms => new Promise(go => setTimeout(go, ms));
+  const [first, again] = document.querySelectorAll("piano-head"), note = (...texts) => log.push(texts.join(" "));
+  const place = head => parseFloat(head.style.getPropertyValue("--at")), at = head => place(head).toFixed(0);
+  const press = (head, key) => head.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+  const until = async done => { for (let i = 0; i < 500 && !done(); i++) await wait(20) };
+  const input = document.querySelector("input"), figures = [...document.querySelectorAll(".piano-slider figure")];
+  const move = value => { input.value = value; input.dispatchEvent(new Event("input")) };
+  const shown = () => figures.map(figure => figure.hidden ? "-" : "x").join("");
+  await until(() => sounds.every(sound => sound.duration));
+  note(sounds.map(sound => sound.duration));
+  note(first.getAttribute("role"), first.tabIndex, first.getAttribute("aria-label"), first.ariaValueMax);
+  const box = first.getBoundingClientRect();
+  first.dispatchEvent(new MouseEvent("click", {clientX: box.left + box.width / 4}));
+  await until(() => place(first) > 0);
+  note("click", at(first), first.ariaValueText, "again", at(again));
+  for (const key of ["ArrowRight", "ArrowUp", "ArrowLeft", "End", "Home", "x"]) {
+    const before = place(first), taken = !press(first, key);
+    if (taken) await until(() => place(first) !== before);
+    note(key, taken, at(first));
+  }
+  press(first, " ");
+  await until(() => place(first) > 5);
+  note("plays", !sounds[0].paused, sounds[0].currentTime > 0.05, place(first) > 5);
+  press(again, " ");
+  await until(() => sounds[0].paused);
+  note("alone", sounds[0].paused && !sounds[0].ended, !sounds[1].paused);
+  press(again, " ");
+  note("paused", sounds[1].paused);
+  note(shown(), input.ariaValueText);
+  sounds[2].currentTime = 0.5;
+  move(2);
+  note(shown(), input.ariaValueText, sounds[4].currentTime);
+  sounds[4].play().catch(() => {});
+  move(1);
+  note(shown(), sounds[4].paused, !sounds[3].paused, sounds[3].currentTime);
+  note(Object.keys(window).filter(name => /piano|slider$|seek$/.test(name)).length);
+  return log;
+}"""
+
+
+def test_in_a_browser(tmp_path):
+    """The same output twice, then a slider: they seek, play alone, keep the place; no name is left in the page."""
+    sync_api, program = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
+    if not program:
+        pytest.skip("needs the browser chromium")
+    twice = player(WAVES[0]).data
+    html = "<!doctype html><meta charset='utf-8'>" + twice + twice + slider(FRAMES, CFG, label="one").data
+    (tmp_path / "page.html").write_text(html)
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        browser = playwright.chromium.launch(executable_path=program, args=options)
+        page, said = browser.new_page(), []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto((tmp_path / "page.html").as_uri())
+        log = page.evaluate(DRIVE)
+        browser.close()
+    assert said == []
+    assert log == [
+        "1.024,1.024,1.024,1.024,1.024",
+        "slider 0 place in the sound 1.0",
+        "click 25 0.3 of 1.0 seconds again 0",
+        "ArrowRight true 30", "ArrowUp true 35", "ArrowLeft true 30", "End true 100", "Home true 0", "x false 0",
+        "plays true true true", "alone true true", "paused true",
+        "x-- 0 < 3", "--x 2 < 3 0.5", "-x- true true 0.5", "0"]

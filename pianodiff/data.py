@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'MIDI_ENDINGS', 'STORE_FORMAT', 'example_performance', 'Recording', 'find_recordings', 'find_soundfont',
-           'render_midi', 'Store', 'open_store', 'read_recording', 'prepare', 'BlockDataset']
+           'render_midi', 'Store', 'open_store', 'read_recording', 'prepare', 'BlockDataset', 'ahead']
 
 # %% ../nbs/03_data.ipynb #dd35a89d
 import csv
@@ -17,8 +17,9 @@ import signal
 import subprocess
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -360,7 +361,7 @@ def read_recording(
         return render_midi(data, soundfont or find_soundfont(), sample_rate)
     return load_audio(io.BytesIO(data), sample_rate)
 
-
+# %% ../nbs/03_data.ipynb #0efa2ef5
 @contextmanager
 def _writing(store: str) -> Iterator[None]:
     """Tell what to do when the store can't be written."""
@@ -483,7 +484,35 @@ def _summary(finished: Iterable[dict[str, Any]]) -> dict[str, Any]:
     index = [{key: r[key] for key in ("id", "split", "title", "frames")} for r in finished]
     return {"complete": True, "mean": float(mean), "std": float(std), "recordings": index}
 
-# %% ../nbs/03_data.ipynb #8b9a3d59
+# %% ../nbs/03_data.ipynb #d2799dd9
+def _wanted(source: str, splits: Iterable[str] | None) -> tuple[list[Recording], list[Recording]]:
+    """All recordings of a source, and those of the splits that are asked for. Raises ValueError if there are none."""
+    wanted = {splits} if isinstance(splits, str) else set(splits or SPLITS)
+    if unknown := wanted - set(SPLITS):
+        raise ValueError(f"there is no split {', '.join(sorted(unknown))}; choose of {', '.join(SPLITS)}")
+    recordings = find_recordings(source)
+    found = [r for r in recordings if r.split in wanted]
+    if not found:
+        raise ValueError(f"{source} has no recordings of the splits {', '.join(sorted(wanted))}; choose others")
+    return recordings, found
+
+
+def _take_in(
+    results: Iterable[tuple[Recording, dict[str, Any]]], todo: Sequence[Recording]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What was made of each recording, by id, and why others can't be used, by path; a bar counts the hours."""
+    made, skipped, seconds = {}, {}, {r.id: math.ceil(r.duration) or 1 for r in todo}
+    with tqdm(total=sum(seconds.values()), unit_scale=1 / 3600, desc="prepare",
+              bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} h [{elapsed}<{remaining}]") as bar:
+        for recording, result in results:
+            if "error" in result:
+                skipped[recording.path] = result["error"]
+            else:
+                made[recording.id] = result
+            bar.update(seconds[recording.id])
+    return made, skipped
+
+# %% ../nbs/03_data.ipynb #4e78dae6
 def prepare(
     source: str | os.PathLike,
     store: str | os.PathLike,
@@ -504,13 +533,7 @@ def prepare(
     store or soundfont that can't be used, OSError if the store can't be written or a worker dies.
     """
     source, store = _absolute(source), _absolute(store)
-    wanted = {splits} if isinstance(splits, str) else set(splits or SPLITS)
-    if unknown := wanted - set(SPLITS):
-        raise ValueError(f"there is no split {', '.join(sorted(unknown))}; choose of {', '.join(SPLITS)}")
-    recordings = find_recordings(source)
-    found = [r for r in recordings if r.split in wanted]
-    if not found:
-        raise ValueError(f"{source} has no recordings of the splits {', '.join(sorted(wanted))}; choose others")
+    recordings, found = _wanted(source, splits)
     if any(r.path.lower().endswith(MIDI_ENDINGS) for r in found):
         soundfont = find_soundfont(soundfont)
     group = _claim_store(store, cfg, source.rstrip("/").rpartition("/")[2])
@@ -518,15 +541,8 @@ def prepare(
         array_id: dict(array.attrs.asdict()) for array_id, array in group.arrays() if "histogram" in array.attrs}
     todo = sorted((r for r in found if r.id not in finished), key=lambda r: -r.duration)  # so that cores end together
     work = partial(_prepare_one, source=source, store=store, cfg=cfg, soundfont=str(soundfont) if soundfont else None)
-    skipped, seconds = {}, {r.id: math.ceil(r.duration) or 1 for r in todo}
-    with tqdm(total=sum(seconds.values()), unit_scale=1 / 3600, desc="prepare",
-              bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} h [{elapsed}<{remaining}]") as bar:
-        for recording, result in _run(work, todo, jobs or os.cpu_count() or 1, cluster):
-            if "error" in result:
-                skipped[recording.path] = result["error"]
-            else:
-                finished[recording.id] = result
-            bar.update(seconds[recording.id])
+    new, skipped = _take_in(_run(work, todo, jobs or os.cpu_count() or 1, cluster), todo)
+    finished |= new
     fs, root = fsspec.core.url_to_fs(store)
     if not finished:
         fs.rm(root, recursive=True)
@@ -537,8 +553,8 @@ def prepare(
             finished[r.id] |= {"split": r.split, "title": r.title}
     with _writing(store):
         group.update_attributes(_summary(finished.values()))
-    return {"hours": open_store(store).hours, "recordings": len(finished), "new": len(todo) - len(skipped),
-            "bytes": fs.du(root), "skipped": skipped}
+    return {"hours": open_store(store).hours, "recordings": len(finished), "new": len(new), "bytes": fs.du(root),
+            "skipped": skipped}
 
 # %% ../nbs/03_data.ipynb #f60a159c
 class BlockDataset(Dataset):
@@ -595,3 +611,21 @@ class BlockDataset(Dataset):
                 raise FileNotFoundError(f"the store {self.info.url} lacks {name}; copy it again, "
                                         "or run the same `pianodiff prepare` again") from error
         return self._arrays[which]
+
+# %% ../nbs/03_data.ipynb #d8731fe8
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """function(item) of each item, in the items' order, made by `workers` threads up to two items a thread ahead.
+
+    What the function raises is raised in its item's place. A caller that stops early waits for nothing: what has
+    begun ends by itself, and what has not never will.
+    """
+    pool, queue = ThreadPoolExecutor(workers), deque[Future[Any]]()
+    try:
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > 2 * workers:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

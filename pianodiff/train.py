@@ -14,10 +14,8 @@ import signal
 import threading
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -33,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .data import BlockDataset, Store
+from .data import BlockDataset, Store, ahead
 from .edm import Denoiser, denoising_loss, edm_loss
 from .unet import MODEL_FORMAT, PRESETS, UNet, UNetConfig, load_model, save_model
 
@@ -168,18 +166,6 @@ def draw_batch(
 def _collate(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch = {key: torch.stack([block[key] for block in blocks]) for key in ("spec", "prev")}
     return batch | {"has_prev": torch.tensor([block["has_prev"] for block in blocks])}
-
-
-def _ahead(make: Callable[[int], Any], steps: Iterable[int], workers: int) -> Iterator[Any]:
-    """make(step) of each step in order, made by threads a few steps ahead."""
-    with ThreadPoolExecutor(workers, "blocks") as pool:
-        queue: deque = deque()
-        for step in steps:
-            queue.append(pool.submit(make, step))
-            if len(queue) > 2 * workers:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
 
 # %% ../nbs/06_train.ipynb #270762b2
 def standardise(batch: dict[str, Tensor], mean: float, std: float, sigma_data: float = 0.5) -> tuple[Tensor, tuple]:
@@ -319,91 +305,122 @@ class _Stop:
             signal.signal(number, handler)
 
 # %% ../nbs/06_train.ipynb #efb3c589
+def _check_shape(info: Store, config: TrainConfig) -> None:
+    network, store = config.network, info.cfg
+    if (network.n_bins, network.n_frames) != (store.n_bins, store.n_frames):
+        raise ValueError(f"{info.url} has spectrograms of {store.n_bins}x{store.n_frames}, {config.preset} is for "
+                         f"{network.n_bins}x{network.n_frames}: choose a preset of the store's shape")
+
+
+def _validation_blocks(
+    data: BlockDataset, config: TrainConfig, rank: int, world: int
+) -> tuple[dict[str, Tensor], Tensor, int, str]:
+    """A process' validation blocks and their noise, the number of blocks to train on, the split validated on."""
+    info, count, most = data.info, len(data), config.eval_blocks
+    if any(r["split"] == "validation" for r in info.recordings):
+        held, first, split = BlockDataset(info.url, "validation", random_offset=False), 0, "validation"
+    else:
+        first = count = count - max(1, min(most, count // 10))
+        held, split = data, "train"
+        warnings.warn(f"{info.url} has no validation split; its last {len(data) - count} training blocks serve as one",
+                      stacklevel=4)
+    if count < 1:
+        raise ValueError(f"{info.url} has no block to train on besides the validation's; prepare more music")
+    picks = np.linspace(first, len(held) - 1, min(most, len(held) - first)).round().astype(int)
+    batch = _collate([held.block(int(i), 0) for i in picks])
+    noise = torch.randn(batch["spec"].shape, generator=torch.Generator().manual_seed(_seed_of(4)))
+    mine = slice(rank, None, world)
+    return {key: value[mine] for key, value in batch.items()}, noise[mine], count, split
+
+# %% ../nbs/06_train.ipynb #0f2cab4c
+def _adamw(net: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019), by which matrices and kernels decay and vectors do not."""
+    parameters = list(net.parameters())
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+# %% ../nbs/06_train.ipynb #49ccc264
+class _Progress:
+    """A run's bar and log; only the `main` process has them."""
+
+    def __init__(self, run: Path, config: TrainConfig, images: int, seconds: float, main: bool) -> None:
+        self.log = TrainLog(run, images) if main else None
+        self.bar = tqdm(total=config.steps * config.batch_size, initial=images, unit=" images", mininterval=1,
+                        disable=not main)
+        self.history: list[tuple[float, float]] = []
+        self.since = images, seconds
+
+    def step(self, blocks: int, loss: float, norm: float) -> None:
+        """Take in a step's loss and gradient norm."""
+        self.history.append((loss, norm))
+        self.bar.update(blocks)
+        self.bar.set_postfix(loss=f"{np.mean(self.history, 0)[0]:.4f}", refresh=False)
+
+    def row(self, images: int, seconds: float, lr: float, validation: dict[str, float]) -> None:
+        """Write what came since the last row, and begin the next."""
+        if self.log:
+            loss, norm = np.mean(self.history, 0).tolist()
+            rate = (images - self.since[0]) / (seconds - self.since[1])
+            self.log.write({"images": images, "seconds": seconds, "loss": loss, "grad_norm": norm, "lr": lr,
+                            "images_per_second": rate, **validation})
+        self.history, self.since = [], (images, seconds)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.log:
+            self.log.close()
+
+# %% ../nbs/06_train.ipynb #b8061f41
 class _Trainer:
     """State of a run: network, its average, AdamW's moments, the number of steps done."""
 
+    facts = ("step", "seconds", "validation", "mean", "std", "ancestor")  # what a checkpoint holds beside tensors
+
     def __init__(self, store: str | os.PathLike, run: Path, config: TrainConfig, init: Any) -> None:
-        torch.backends.cudnn.deterministic = True  # the same kernels in every run, on a GPU too
         self.run, self.config, self.init = run, config, str(init) if init is not None else None
-        self.checkpoint = run / "checkpoint.safetensors"
-        self.accelerator = Accelerator(mixed_precision="no")  # autocast is ours, around the loss
-        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
-        self.world, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
-        if config.batch_size % self.world:
-            raise ValueError(f"{self.world} processes can't share batch_size {config.batch_size}; choose a multiple")
+        self._join()
         self.data = BlockDataset(store, "train", random_offset=True, in_memory=config.in_memory)
-        self.cfg = self.data.info.cfg
         _check_shape(self.data.info, config)
-        self.blocks, self.noise, self.count, self.validation_split = self._validation_blocks()
-        torch.manual_seed(_seed_of(3, config.seed))
-        self.net = UNet(config.network)
+        self.blocks, self.noise, self.count, self.split = _validation_blocks(self.data, config, self.rank, self.world)
         self.step, self.seconds, self.validation = 0, 0.0, {}  # type: ignore[var-annotated]
         self.mean, self.std = self.data.info.mean, self.data.info.std
         self.ancestor: dict[str, Any] | None = None  # facts of the model that the run started from
+        torch.manual_seed(_seed_of(3, config.seed))
+        self.net = UNet(config.network)
+        self.checkpoint = run / "checkpoint.safetensors"
         saved = load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
         if self.init and saved is None:
             self._start_from(self.init)
         self.net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = PowerEMA(self.net, config.ema_std)
-        parameters = list(self.net.parameters())
-        self.optimizer = torch.optim.AdamW([
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}], lr=config.lr, betas=config.betas)
+        self.ema, self.optimizer = PowerEMA(self.net, config.ema_std), _adamw(self.net, config)
         if saved is not None:
             self._resume(*saved)
         if config.compile:
             self.net.compile()  # in place: names of weights stay
         self.denoiser = Denoiser(self.accelerator.prepare(self.net))
+
+    def _join(self) -> None:
+        """Find this process' device, and its place among those that `accelerate launch` started."""
+        torch.backends.cudnn.deterministic = True  # the same kernels in every run, on a GPU too
+        self.accelerator = Accelerator(mixed_precision="no")  # autocast is ours, around the loss
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        self.world, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
+        config = self.config
+        if config.batch_size % self.world:
+            raise ValueError(f"{self.world} processes can't share batch_size {config.batch_size}; choose a multiple")
         self.bf16 = {"auto": _native_bf16(self.device), "bf16": True, "no": False}[config.mixed_precision]
-
-    @property
-    def images(self) -> int:
-        return self.step * self.config.batch_size
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """All that makes this run the one it is."""
-        settings = {k: v for k, v in _plain(self.config).items() if k not in (*_RESUMABLE, "unet")}
-        network = {f"unet.{k}": v for k, v in _plain(self.config.network).items()}
-        return settings | network | {"source": self.data.info.source, "training blocks": self.count, "init": self.init}
-
-    def due(self, every: int) -> bool:
-        """Has this step passed a multiple of `every` images, or ended the run?"""
-        return self.images // every > (self.images - self.config.batch_size) // every or self.step >= self.config.steps
-
-    def _validation_blocks(self) -> tuple[dict[str, Tensor], Tensor, int, str]:
-        """This process' validation blocks and their noise, the number of blocks to train on, the split validated on."""
-        info, count = self.data.info, len(self.data)
-        if any(r["split"] == "validation" for r in info.recordings):
-            data, first, split = BlockDataset(info.url, "validation", random_offset=False), 0, "validation"
-        else:
-            data, split = self.data, "train"
-            first = count = count - max(1, min(self.config.eval_blocks, count // 10))
-            warnings.warn(f"{info.url} has no validation split; its last {len(data) - count} training blocks serve as "
-                          "one", stacklevel=4)
-        if count < 1:
-            raise ValueError(f"{info.url} has no block to train on besides the validation's; prepare more music")
-        picks = np.linspace(first, len(data) - 1, min(self.config.eval_blocks, len(data) - first)).round().astype(int)
-        batch = _collate([data.block(int(i), 0) for i in picks])
-        noise = torch.randn(batch["spec"].shape, generator=torch.Generator().manual_seed(_seed_of(4)))
-        mine = slice(self.rank, None, self.world)
-        return {key: value[mine] for key, value in batch.items()}, noise[mine], count, split
 
     def _start_from(self, init: str) -> None:
         """Take over a model's weights, and its mean and std: the weights mean something only under them."""
         net, model = load_model(init)
-        for key, mine in (("unet", self.config.network), ("spectrogram", self.cfg)):
+        for key, mine in (("unet", self.config.network), ("spectrogram", self.data.info.cfg)):
             if differences := _differences(_plain(model[key]), _plain(mine)):
                 raise ValueError(f"{init} ({model['name']}) and this run ({self.config.preset}) differ in {key}: "
                                  f"{differences}; choose the model's preset")
         self.net.load_state_dict(net.state_dict())
         self.mean, self.std = model["mean"], model["std"]
         self.ancestor = {"name": model["name"], **model["training"]}
-
-    def _named_state(self) -> Iterator[tuple[str, str, Tensor]]:
-        for name, parameter in self.net.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                yield name, key, value
 
     def _resume(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises ValueError if it is another run's."""
@@ -419,26 +436,71 @@ class _Trainer:
         for name, p in self.net.named_parameters():  # what is left are AdamW's: step, exp_avg, exp_avg_sq
             self.optimizer.state[p] = {key: part[name] if key == "step" else torch.zeros_like(p).copy_(part[name])
                                        for key, part in parts.items() if name in part}
-        for key in ("step", "seconds", "validation", "mean", "std", "ancestor"):
+        for key in self.facts:
             setattr(self, key, about[key])
 
-    def save(self) -> None:
-        """Write the model, then the checkpoint: were it the other way, a kill in between could leave an older model."""
-        if self.main:
-            config, info = self.config, self.data.info
-            training = {"images": self.images, "seconds": round(self.seconds), "data": info.source, "hours": info.hours,
-                        "validation": self.validation, "ancestor": self.ancestor, "torch": torch.__version__,
-                        "settings": {k: v for k, v in _plain(config).items() if k != "unet"}}
-            save_model(self.run / "model", self.ema.net, {
-                "format": MODEL_FORMAT, "name": "custom" if config.unet else config.preset, "preset": config.preset,
-                "spectrogram": asdict(self.cfg), "unet": _plain(config.network), "mean": self.mean, "std": self.std,
-                "sigma_data": self.denoiser.sigma_data, "training": training})
-            tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
-            tensors |= {f"ema.{k}": v for k, v in self.ema.net.state_dict().items()}
-            tensors |= {f"{key}.{name}": value for name, key, value in self._named_state()}
-            about = {key: getattr(self, key) for key in ("step", "seconds", "validation", "mean", "std", "ancestor")}
-            save_checkpoint(self.checkpoint, tensors, about | {"identity": self.identity})
-        self.accelerator.wait_for_everyone()
+    @property
+    def images(self) -> int:
+        """Blocks seen."""
+        return self.step * self.config.batch_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that makes this run the one it is."""
+        settings = {k: v for k, v in _plain(self.config).items() if k not in (*_RESUMABLE, "unet")}
+        network = {f"unet.{k}": v for k, v in _plain(self.config.network).items()}
+        return settings | network | {"source": self.data.info.source, "training blocks": self.count, "init": self.init}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """A checkpoint's tensors: weights, their average, and AdamW's state of each."""
+        tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.net.state_dict().items()}
+        return tensors | {f"{key}.{name}": value for name, parameter in self.net.named_parameters()
+                          for key, value in self.optimizer.state[parameter].items()}
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the model's `config.json` says of it."""
+        config, info = self.config, self.data.info
+        training = {"images": self.images, "seconds": round(self.seconds), "data": info.source, "hours": info.hours,
+                    "validation": self.validation, "ancestor": self.ancestor, "torch": torch.__version__,
+                    "settings": {k: v for k, v in _plain(config).items() if k != "unet"}}
+        return {"format": MODEL_FORMAT, "name": "custom" if config.unet else config.preset, "preset": config.preset,
+                "spectrogram": asdict(info.cfg), "unet": _plain(config.network), "mean": self.mean, "std": self.std,
+                "sigma_data": self.denoiser.sigma_data, "training": training}
+
+    def due(self, every: int) -> bool:
+        """Has this step passed a multiple of `every` images, or ended the run?"""
+        return self.images // every > (self.images - self.config.batch_size) // every or self.step >= self.config.steps
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The mean loss of a batch; its noise levels, noise and dropout depend on seed, step and process alone."""
+        config = self.config
+        torch.manual_seed(_seed_of(5, config.seed, self.step, self.rank))
+        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        y, (prev, has_prev) = standardise(batch, self.mean, self.std, self.denoiser.sigma_data)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return edm_loss(self.denoiser, y, (augment(prev, config.cond_noise), has_prev), P_mean=config.P_mean,
+                            P_std=config.P_std).mean()
+
+    def advance(self, batch: dict[str, Tensor], stop: bool) -> tuple[float, float, bool]:
+        """One step of AdamW on a batch: the loss, the gradient's norm, and whether any process was told to stop."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, (self.step + 0.5) * self.config.batch_size)
+        loss = self.loss(batch)
+        self.accelerator.backward(loss)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
+        told = torch.stack([loss.detach(), norm, loss.new_tensor(float(stop))])
+        mean_loss, mean_norm, stopping = self.accelerator.reduce(told, "mean").tolist()
+        if not math.isfinite(mean_loss + mean_norm):
+            raise ValueError(f"the loss is {mean_loss} and the gradient's norm {mean_norm} at step {self.step} (after "
+                             f"{self.images} images): lower lr ({self.config.lr:g}) and begin a new run")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.ema.update(self.net, self.step)
+        return mean_loss, mean_norm, stopping > 0
 
     def validate(self) -> dict[str, float]:
         """Loss at each of EVAL_SIGMAS, of the averaged weights on the validation blocks, over all processes."""
@@ -447,75 +509,55 @@ class _Trainer:
         losses = validation_losses(denoiser, y, cond, self.noise, self.config.batch_size // self.world)
         *sums, blocks = self.accelerator.reduce(torch.cat([losses.sum(0), losses.new_tensor([len(losses)])])).tolist()
         loss = {f"{sigma:g}": total / blocks for sigma, total in zip(EVAL_SIGMAS, sums, strict=True)}
-        self.validation = {"images": self.images, "split": self.validation_split, "blocks": int(blocks), "loss": loss}
+        self.validation = {"images": self.images, "split": self.split, "blocks": int(blocks), "loss": loss}
         return {f"val_{sigma}": value for sigma, value in loss.items()}
 
-    def advance(self, batch: dict[str, Tensor], stop: bool) -> tuple[float, float, bool]:
-        """One step of AdamW on a batch: the loss, the gradient's norm, and whether any process was told to stop."""
-        config = self.config
-        lr = learning_rate(config, (self.step + 0.5) * config.batch_size)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(_seed_of(5, config.seed, self.step, self.rank))  # noise levels, noise and dropout
-        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        y, (prev, has_prev) = standardise(batch, self.mean, self.std, self.denoiser.sigma_data)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = edm_loss(self.denoiser, y, (augment(prev, config.cond_noise), has_prev), P_mean=config.P_mean,
-                            P_std=config.P_std).mean()
-        self.accelerator.backward(loss)
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), config.grad_clip)
-        told = torch.stack([loss.detach(), norm, loss.new_tensor(float(stop))])
-        mean_loss, norm_, stopping = self.accelerator.reduce(told, "mean").tolist()
-        if not math.isfinite(mean_loss + norm_):
-            raise ValueError(f"the loss is {mean_loss} and the gradient's norm {norm_} at step {self.step} (after "
-                             f"{self.images} images): lower lr ({config.lr:g}) and begin a new run")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        self.ema.update(self.net, self.step)
-        return mean_loss, norm_, stopping > 0
+    def save(self) -> None:
+        """Write the model, then the checkpoint: were it the other way, a kill in between could leave an older model."""
+        if self.main:
+            save_model(self.run / "model", self.ema.net, self.card)
+            about = {key: getattr(self, key) for key in self.facts}
+            save_checkpoint(self.checkpoint, self.tensors, about | {"identity": self.identity})
+        self.accelerator.wait_for_everyone()
 
-    def fit(self, on_snapshot: Callable[[Path, int], object] | None) -> None:
-        """Train to the end, or until told to stop."""
-        config, size = self.config, self.config.batch_size
-        make = partial(draw_batch, self.data, self.count, config, rank=self.rank, world=self.world)
-        log = TrainLog(self.run, self.images) if self.main else None
-        history, since = [], (self.images, self.seconds)
-        bar = tqdm(total=config.steps * size, initial=self.images, unit=" images", mininterval=1, disable=not self.main)
-        with _Stop() as stop, bar, closing(log) if log else nullcontext():
+# %% ../nbs/06_train.ipynb #cc0e3121
+def _loop(trainer: _Trainer, on_snapshot: Callable[[Path, int], object] | None) -> None:
+    """Train to the end, or until told to stop."""
+    config, due = trainer.config, trainer.due
+    make = partial(draw_batch, trainer.data, trainer.count, config, rank=trainer.rank, world=trainer.world)
+    progress = _Progress(trainer.run, config, trainer.images, trainer.seconds, trainer.main)
+    with _Stop() as stop, closing(progress):
+        clock = time.perf_counter()
+        for batch in ahead(make, range(trainer.step, config.steps), config.workers):
+            loss, norm, stopping = trainer.advance(batch, stop.signal > 0)
+            trainer.seconds += time.perf_counter() - clock  # without validation and writing
+            progress.step(config.batch_size, loss, norm)
+            validation = trainer.validate() if due(config.eval_images) else {}
+            saving = stopping or due(config.checkpoint_images) or due(config.snapshot_images)
+            if validation or saving or due(config.log_images):
+                progress.row(trainer.images, trainer.seconds, trainer.optimizer.param_groups[0]["lr"], validation)
+            if saving:
+                trainer.save()
+            if stopping:
+                tqdm.write(f"stopped after {trainer.images} images; the same command goes on from there")
+                raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+            if on_snapshot and trainer.main and due(config.snapshot_images):
+                on_snapshot(trainer.run / "model", trainer.images)
             clock = time.perf_counter()
-            for batch in _ahead(make, range(self.step, config.steps), config.workers):
-                loss, norm, stopping = self.advance(batch, stop.signal > 0)
-                self.seconds += time.perf_counter() - clock  # without validation and writing
-                history.append((loss, norm))
-                bar.update(size)
-                bar.set_postfix(loss=f"{np.mean(history, 0)[0]:.4f}", refresh=False)
-                validation = self.validate() if self.due(config.eval_images) else {}
-                saving = stopping or self.due(config.checkpoint_images) or self.due(config.snapshot_images)
-                if log and (validation or saving or self.due(config.log_images)):
-                    loss, norm = np.mean(history, 0).tolist()
-                    rate = (self.images - since[0]) / (self.seconds - since[1])
-                    log.write({"images": self.images, "seconds": self.seconds, "loss": loss, "grad_norm": norm,
-                               "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate, **validation})
-                if validation or saving or self.due(config.log_images):
-                    history, since = [], (self.images, self.seconds)
-                if saving:
-                    self.save()
-                if stopping:
-                    tqdm.write(f"stopped after {self.images} images; the same command goes on from there")
-                    raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-                if on_snapshot and self.main and self.due(config.snapshot_images):
-                    on_snapshot(self.run / "model", self.images)
-                clock = time.perf_counter()
 
+# %% ../nbs/06_train.ipynb #75858d15
+@contextmanager
+def _disk_full_told(run: Path) -> Iterator[None]:
+    """Tell what to do when the disk is full."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors tells of the disk in words
+        if getattr(error, "errno", 0) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, f"the disk of {run} is full; the last complete checkpoint is kept: make room, then "
+                      "run the same command again") from error
 
-def _check_shape(info: Store, config: TrainConfig) -> None:
-    network, store = config.network, info.cfg
-    if (network.n_bins, network.n_frames) != (store.n_bins, store.n_frames):
-        raise ValueError(f"{info.url} has spectrograms of {store.n_bins}x{store.n_frames}, {config.preset} is for "
-                         f"{network.n_bins}x{network.n_frames}: choose a preset of the store's shape")
-
-# %% ../nbs/06_train.ipynb #aec2a431
+# %% ../nbs/06_train.ipynb #44d0bee6
 def train(
     store: str | os.PathLike,
     run: str | os.PathLike,
@@ -543,14 +585,9 @@ def train(
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"the folder {run} can't be made ({error.strerror}); choose another") from error
-    try:
+    with _disk_full_told(run):
         if trainer.step < config.steps:
-            trainer.fit(on_snapshot)
+            _loop(trainer, on_snapshot)
         else:
             trainer.save()
-    except (OSError, SafetensorError) as error:  # safetensors tells of the disk in words
-        if getattr(error, "errno", 0) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, f"the disk of {run} is full; the last complete checkpoint is kept: make room, then "
-                      "run the same command again") from error
     return run / "model"

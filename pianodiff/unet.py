@@ -212,7 +212,7 @@ class Past(NamedTuple):
 
 Cond = Tensor | tuple[Tensor, Tensor] | Past | None  # [B, 1, F, W]; with has_prev [B], where some have none; encoded
 
-
+# %% ../nbs/04_unet.ipynb #fb509c5a
 class UNet(nn.Module):
     """The network F_θ of Eq. (24) (section III-C; Fig. 7): `x` `[B, 1, F, W]`, `c_noise` `[B]` -> `[B, 1, F, W]`.
 
@@ -265,19 +265,22 @@ class UNet(nn.Module):
     def _shape(self) -> str:
         return f"[B, 1, {self.config.n_bins}, {self.config.n_frames}]"
 
+    def _side_by_side(self, x: Tensor, past: Past) -> Tensor:
+        """The columns of the past and the block as one folded picture, and the channel that says which are which."""
+        h = F.pixel_unshuffle(torch.cat([past.columns, x], dim=3), self.config.patch)
+        if not self.config.context:
+            return h
+        columns = self.config.context // self.config.patch
+        known = past.has_prev[:, None, None, None].to(x.dtype).expand(-1, 1, h.shape[2], columns)
+        return torch.cat([h, F.pad(known, (0, h.shape[3] - columns))], dim=1)
+
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond = None) -> Tensor:
         past = self.encode(cond, len(x))
         if x.shape != (len(past.vector), 1, self.config.n_bins, self.config.n_frames):
             raise ValueError(f"this network takes blocks {self._shape}, not {list(x.shape)} "
                              f"after {len(past.vector)} others")
         emb = F.silu(self.noise(c_noise.to(x.dtype)) + past.vector)
-        h = F.pixel_unshuffle(torch.cat([past.columns, x], dim=3), self.config.patch)
-        if self.config.context:
-            columns = self.config.context // self.config.patch
-            known = past.has_prev[:, None, None, None].to(x.dtype).expand(-1, 1, h.shape[2], columns)
-            h = torch.cat([h, F.pad(known, (0, h.shape[3] - columns))], dim=1)
-        h = self.stem(h)
-        skips = []
+        h, skips = self.stem(self._side_by_side(x, past)), []
         for level, stages in enumerate(self.down):
             h = self.places[level](F.avg_pool2d(h, 2) if level else h)
             for stage in stages.children():
@@ -317,6 +320,17 @@ def count(config: UNetConfig) -> tuple[int, int]:
 MODEL_FORMAT = 1  # of config.json
 
 
+def _write_model(folder: Path, net: nn.Module, config: dict[str, Any]) -> None:
+    """A new folder with both files, which are on the disk before the folder gets its name."""
+    folder.mkdir(parents=True)
+    tensors = {name: t.detach().half().cpu().contiguous() for name, t in net.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def save_model(folder: str | os.PathLike, net: nn.Module, config: dict[str, Any]) -> None:
     """Write `model.safetensors` (fp16) and `config.json` as `folder`, which holds the old model or the new one, whole.
 
@@ -330,13 +344,7 @@ def save_model(folder: str | os.PathLike, net: nn.Module, config: dict[str, Any]
         shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        tensors = {name: t.detach().half().cpu().contiguous() for name, t in net.state_dict().items()}
-        save_file(tensors, part / "model.safetensors")
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for path in part.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())  # on the disk before it has its name
+        _write_model(part, net, config)
         if folder.exists():
             os.replace(folder, old)  # no folder can be renamed over another
         os.replace(part, folder)
@@ -347,7 +355,7 @@ def save_model(folder: str | os.PathLike, net: nn.Module, config: dict[str, Any]
         raise
     shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../nbs/04_unet.ipynb #ed90735b
 def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[UNet, dict[str, Any]]:
     """The network (float32, in evaluation mode) and the configuration that `save_model` wrote.
 

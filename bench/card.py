@@ -6,6 +6,7 @@ All of it is read from what training (config.json) and `pianodiff evaluate` (rep
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from table import update
@@ -48,10 +49,14 @@ def distances(report: dict[str, Any]) -> str:
     rows = [f"| {label} | {row['frechet']:.2f} | {row['frechet_infinity']:.2f} "
             f"({between(*row['frechet_interval'], 2)}) | {row['kernel']:.3f} ({between(*row['kernel_interval'], 3)}) |"
             for key, label in ROWS.items() for row in [found[key]]]
-    clips, reference = found["model"]["clips"], report["reference"]
+    clips, reference, floors = found["model"]["clips"], report["reference"], report["floors"][name]
+    real, model = (f"{min(row):.1f} to {max(row):.1f} (median {median(row):.1f})"
+                   for row in (floors["real"], floors["model"]))
     return (f"Distance of {clips} blocks from {reference['blocks']:,} blocks of {reference['pieces']} "
             f"performances that it was not trained on, to the built-in embedding `{name.partition('-')[0]}`:\n\n"
-            + table(f"| {clips} blocks of | Fréchet | N → ∞ (95 %) | kernel (95 %) |", rows))
+            + table(f"| {clips} blocks of | Fréchet | N → ∞ (95 %) | kernel (95 %) |", rows)
+            + f"\nOver {len(floors['real'])} random splits by title, the Fréchet distance of other real music from the "
+            f"rest is\n{real}, that of the model from the same references {model}.\n")
 
 
 def music(report: dict[str, Any]) -> str:

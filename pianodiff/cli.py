@@ -5,12 +5,10 @@ __all__ = ['Sampling', 'generate', 'continue_', 'prepare', 'train', 'snapshot', 
 
 # %% ../nbs/10_cli.ipynb #3ec753f5
 import io
-import os
 import struct
 import sys
 import tempfile
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,19 +66,17 @@ def _sound_file(path: Path, rate: int) -> Iterator[Callable[["Tensor"], Any]]:
     """Takes pieces of sound `[t]` for a file that appears with all of them when this ends, or not at all."""
     import soundfile
 
-    from pianodiff.audio import AUDIO_FORMATS
+    from pianodiff.audio import AUDIO_FORMATS, whole_file
 
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        with soundfile.SoundFile(part, "w", rate, 1, format=AUDIO_FORMATS[path.suffix.lower()]) as file:
-            yield lambda piece: file.write(piece.clamp(-1, 1).numpy())
-            empty = not file.frames
-        if not empty:
-            os.replace(part, path)
+        with whole_file(path) as part:
+            with soundfile.SoundFile(part, "w", rate, 1, format=AUDIO_FORMATS[path.suffix.lower()]) as file:
+                yield lambda piece: file.write(piece.clamp(-1, 1).numpy())
+                empty = not file.frames
+            if empty:
+                part.unlink()
     except soundfile.LibsndfileError as error:
         raise OSError(f"{path} can't be written ({error.error_string.rstrip('.')}); choose another place") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 # %% ../nbs/10_cli.ipynb #137d9d07
 @contextmanager
@@ -101,17 +97,22 @@ def _pipe(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
         yield write
 
 # %% ../nbs/10_cli.ipynb #da7d6c91
-@contextmanager
-def _speakers(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
-    """Takes pieces of sound `[t]` and plays them in another thread; ends when all are played, at Ctrl-C in 0.1 s."""
+def _device(rate: int) -> Any:
+    """A stream of samples to the speakers; OSError with the remedy where there are none."""
     try:
         import sounddevice
 
-        device = sounddevice.OutputStream(rate, channels=1, dtype="float32")
+        return sounddevice.OutputStream(rate, channels=1, dtype="float32")
     except Exception as error:  # PortAudio's have no class of their own unless it is there
         raise OSError(f"--play can't reach a sound device ({error}); pip install 'pianodiff[play]', or pipe the sound: "
                       "pianodiff generate --out - | aplay") from error
-    waiting, silent = deque[Future](), Event()
+
+
+@contextmanager
+def _speakers(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
+    """Takes pieces of sound `[t]` and plays them in another thread; ends when all are played, at Ctrl-C in 0.1 s."""
+    device, waiting, silent = _device(rate), deque[Future](), Event()
+    import sounddevice
 
     def sound(piece: "Tensor") -> None:
         for part in piece.clamp(-1, 1)[:, None].split(rate // 10):
@@ -136,14 +137,17 @@ def _speakers(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
 # %% ../nbs/10_cli.ipynb #5b20956e
 def _draw(wave: "Tensor", cfg: "SpectrogramConfig", title: str) -> bytes:
     """The spectrogram of `wave` `[T]` as a PNG file."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     from pianodiff.audio import to_spectrogram
     from pianodiff.show import plot_spectrogram
 
-    figure, data = Figure(figsize=(10, 4), dpi=120, layout="constrained"), io.BytesIO()
-    plot_spectrogram(to_spectrogram(wave, cfg), cfg, figure.subplots(), title)
-    figure.savefig(data, format="png")
+    data = io.BytesIO()
+    with style.context("pianodiff.book"):  # the look of this book
+        figure = Figure(dpi=120)
+        plot_spectrogram(to_spectrogram(wave, cfg), cfg, figure.subplots(), title)
+        figure.savefig(data, format="png")
     return data.getvalue()
 
 # %% ../nbs/10_cli.ipynb #14c6dfae
@@ -175,6 +179,8 @@ class Sampling:
 
 
 _Flat = Annotated[Sampling, tyro.conf.arg(name="")]  # its fields become flags without a prefix
+
+# %% ../nbs/10_cli.ipynb #a2c4c1e4
 _PIPE = Path("-")  # in place of a file: standard output
 
 
@@ -186,6 +192,12 @@ class _Made:
     seconds: list[float] = field(default_factory=list)  # that each piece took
     samples: int = 0
     interrupted: bool = False
+
+    def told(self, rate: int, seed: int) -> str:
+        """How much there is, and how long it took."""
+        length, took = self.samples / rate, sum(self.seconds)
+        return (f"{length:g} s of new music, seed {seed}, made in {took:.1f} s ({took / length:.2f} s a second, "
+                f"the first sound after {self.seconds[0]:.1f} s)")
 
 
 def _hand_on(stream: Iterator["Tensor"], before: "Tensor", out: Path, rate: int, play: bool) -> _Made:
@@ -208,7 +220,7 @@ def _hand_on(stream: Iterator["Tensor"], before: "Tensor", out: Path, rate: int,
             made.interrupted = True  # what is there is kept
     return made
 
-
+# %% ../nbs/10_cli.ipynb #41f35252
 def _sample(how: Sampling, out: Path, prompt: Path | None) -> None:
     """Make music, from nothing or on from a file, and hand it on while it is made."""
     import secrets
@@ -235,10 +247,8 @@ def _sample(how: Sampling, out: Path, prompt: Path | None) -> None:
         if how.image:
             wave = torch.cat([before[-piano.cfg.block_samples :], *made.first])
             write_whole(how.image, _draw(wave, piano.cfg, f"{how.model}, seed {seed}"))
-        length, took = made.samples / rate, sum(made.seconds)
         names = f"{'standard output' if out == _PIPE else out}{f' and {how.image}' if how.image else ''}"
-        print(f"{names}: {length:g} s of new music, seed {seed}, made in {took:.1f} s ({took / length:.2f} s a second, "
-              f"the first sound after {made.seconds[0]:.1f} s)", file=sys.stderr if out == _PIPE else sys.stdout)
+        print(f"{names}: {made.told(rate, seed)}", file=sys.stderr if out == _PIPE else sys.stdout)
     if made.interrupted:
         raise KeyboardInterrupt
 
@@ -323,7 +333,7 @@ def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
     model = train_model(store, run, config, init=None if init is None else find_model(init), on_snapshot=snapshot)
     print(f"{model}: trained on {config.images:,} blocks, {(time.perf_counter() - begin) / 60:.1f} minutes this time")
 
-
+# %% ../nbs/10_cli.ipynb #2ea28048
 def snapshot(model: Path, images: int) -> None:
     """Write eight seconds of a run's model beside it, as `samples/<images>.wav` and `.png`."""
     from pianodiff.audio import save_audio, write_whole
@@ -364,13 +374,15 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
     """
     _check_output(out, (".html",))
     from pianodiff.evaluate import evaluate as evaluate_music
+    from pianodiff.evaluate import farther
 
     results = evaluate_music(generated, reference, out, pieces=pieces, seconds=seconds, steps=steps, sampler=sampler,
                              training=training, transpose=transpose, embeddings=embeddings, splits=splits,
                              blocks=blocks, seed=seed, cache=cache, soundfont=soundfont)
     for name, table in results["distances"].items():
         figures = ", ".join(f"{row} {found['frechet']:.4g}" for row, found in table.items())
-        print(f"Fréchet distance ({name}): {figures}")
+        print(f"Fréchet distance ({name}): {figures}; farther off than other real music in "
+              f"{farther(results['floors'][name])} of {len(results['floors'][name]['real'])} splits")
     making, evaluating = (results["seconds"][part] for part in ("making", "evaluating"))
     print(f"{out} and {out.with_suffix('.json')}: {results['generated']['blocks']} generated blocks beside "
           f"{results['reference']['blocks']} real ones, in {evaluating:.0f} s" +

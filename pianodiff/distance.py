@@ -171,7 +171,7 @@ def median_distance(y: Tensor) -> float:
         raise ValueError(f"a bandwidth needs at least 2 different clips; these {len(y)} are one or (mostly) the same")
     return median
 
-
+# %% ../nbs/09a_distance.ipynb #229e718a
 def _kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> float:
     """Sum of exp(-|x - y|^2 / 2h^2) over all pairs, 1,024 rows at a time."""
     return sum(float((torch.cdist(rows, y) / bandwidth).square().div(-2).exp().sum()) for rows in x.split(1024))
@@ -259,7 +259,7 @@ def _at_rate(waves: Tensor, sample_rate: int, wanted: int) -> Tensor:
         return waves
     return torch.stack([torch.from_numpy(soxr.resample(wave.numpy(), sample_rate, wanted)) for wave in waves])
 
-
+# %% ../nbs/09a_distance.ipynb #bd63a324
 def _mel_filters(bands: int, low: float, high: float, n_fft: int, sample_rate: int) -> Tensor:
     """Triangles `[n_fft//2 + 1, bands]`, straight and evenly spaced on HTK's mel scale from `low` to `high` Hz."""
     mel = 1127 * torch.log1p(torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None] * sample_rate / n_fft / 700)
@@ -325,7 +325,7 @@ def _digest(*parts: bytes) -> str:
         digest.update(part)
     return digest.hexdigest()
 
-
+# %% ../nbs/09a_distance.ipynb #bce6f97a
 class VGGish(nn.Module):
     """VGGish in the layout of torchvggish's checkpoint; D = 128, the mean over a clip's examples of 0.96 s.
 
@@ -384,6 +384,27 @@ class VGGish(nn.Module):
         return points.unflatten(0, examples.shape[:2]).mean(1).cpu()
 
 # %% ../nbs/09a_distance.ipynb #9d7987d3
+def _load_encoder(name: str) -> tuple[Any, Any, list[Tensor]]:
+    """A model's feature extractor, the model, and its trained tensors in the order of their names.
+
+    Raises what transformers raises, and ValueError for a file that lacks weights.
+    """
+    import transformers
+
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+    config, _ = transformers.PreTrainedConfig.get_config_dict(name)
+    kind: Any = transformers.AutoModel
+    options: dict[str, Any] = {"trust_remote_code": False}
+    other_layers = config.get("feature_extractor_cqt") or config.get("deepnorm")
+    if config.get("model_type") == "mert_model" and not other_layers:
+        kind, options = transformers.HubertModel, {"config": transformers.HubertConfig.from_dict(config)}
+    model, info = kind.from_pretrained(name, output_loading_info=True, **options)
+    untrained = set(info["missing_keys"])
+    if lacking := {key for key in untrained if not key.endswith("masked_spec_embed")}:  # that is for training
+        raise ValueError(f"its weights lack {min(lacking)}")
+    return extractor, model, [tensor for key, tensor in sorted(model.state_dict().items()) if key not in untrained]
+
+
 class Encoder:
     """An audio encoder from the Hugging Face Hub or a local folder, through `transformers`.
 
@@ -394,28 +415,17 @@ class Encoder:
 
     def __init__(self, name: str, device: str | None = None) -> None:
         try:
-            import transformers
+            import transformers  # noqa: F401
         except ImportError as error:
             raise ValueError("encoders need transformers; run `pip install pianodiff[embeddings]`") from error
         try:
-            self._extractor = transformers.AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
-            config, _ = transformers.PreTrainedConfig.get_config_dict(name)
-            kind: Any = transformers.AutoModel
-            options: dict[str, Any] = {"trust_remote_code": False}
-            other_layers = config.get("feature_extractor_cqt") or config.get("deepnorm")
-            if config.get("model_type") == "mert_model" and not other_layers:
-                kind, options = transformers.HubertModel, {"config": transformers.HubertConfig.from_dict(config)}
-            model, info = kind.from_pretrained(name, output_loading_info=True, **options)
-            untrained = set(info["missing_keys"])
-            if lacking := {key for key in untrained if not key.endswith("masked_spec_embed")}:  # that is for training
-                raise ValueError(f"its weights lack {min(lacking)}")
+            self._extractor, model, trained = _load_encoder(name)
             self.sample_rate = int(self._extractor.sampling_rate)
         except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{name} can't be loaded as an audio encoder ({reason}); give logmel, vggish, or the name "
                              "or folder of a Hugging Face model that hears sound") from error
-        weights = (tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                   for key, tensor in sorted(model.state_dict().items()) if key not in untrained)
+        weights = (tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in trained)
         self.name = f"{Path(name).name if Path(name).is_dir() else name}-{_digest(*weights)[:8]}"
         self._model = model.float().eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -433,7 +443,7 @@ class Encoder:
         states = self._model(**inputs).last_hidden_state  # [N, frames, D]
         return states.mean(1).cpu()
 
-
+# %% ../nbs/09a_distance.ipynb #3f0d2508
 def load_embedding(name: str, device: str | None = None) -> Embedding:
     """The embedding called `name`: `logmel`; `vggish` or `vggish=FILE`; else a Hugging Face name or a local folder.
 
@@ -446,8 +456,8 @@ def load_embedding(name: str, device: str | None = None) -> Embedding:
     return VGGish.load(file or None, device) if kind == "vggish" else Encoder(name, device)
 
 # %% ../nbs/09a_distance.ipynb #aeee1e9e
-def _open_cache(folder: Path, name: str) -> dict[str, Tensor]:
-    """All points in `folder`, by their clips' hashes; it is made if new. ValueError where it is another embedding's."""
+def _claim(folder: Path, name: str) -> None:
+    """Make `folder` a cache of the embedding `name` if it is new; ValueError where it is anything else."""
     record = folder / "embedding.json"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name another for the cache")
@@ -463,6 +473,11 @@ def _open_cache(folder: Path, name: str) -> dict[str, Tensor]:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(record, (json.dumps({"embedding": name}) + "\n").encode())
+
+
+def _open_cache(folder: Path, name: str) -> dict[str, Tensor]:
+    """All points in `folder`, by their clips' hashes; it is made if new. ValueError where it can't be used."""
+    _claim(folder, name)
     known: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
         try:
@@ -471,7 +486,7 @@ def _open_cache(folder: Path, name: str) -> dict[str, Tensor]:
             raise ValueError(f"{path} is damaged; delete it, and its clips will be embedded again") from error
     return known
 
-
+# %% ../nbs/09a_distance.ipynb #a31fb7f0
 def embed(embedding: Embedding, waves: Tensor, sample_rate: int, *, cache: str | os.PathLike[str] | None = None,
           batch_size: int = 64, progress: bool = False) -> Tensor:
     """Points `[N, D]` float32 of the clips `waves` `[N, T]` at `sample_rate` Hz, `batch_size` clips at a time.

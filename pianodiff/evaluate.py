@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['Piece', 'clips_of', 'spectrogram_blocks', 'read_pieces', 'make_pieces', 'split_pieces', 'retrieved', 'shifted',
-           'shuffled', 'noise_like', 'make_rows', 'distances', 'in_order', 'compare_statistics', 'seams', 'rejoined',
-           'course', 'novelty', 'plot_distances', 'plot_statistics', 'plot_seams', 'plot_drift', 'plot_novelty',
-           'plot_pair', 'training_curves', 'plot_training', 'write_report', 'evaluate']
+           'shuffled', 'noise_like', 'make_rows', 'distances', 'floors', 'farther', 'in_order', 'plot_distances',
+           'plot_floors', 'compare_statistics', 'plot_statistics', 'seams', 'rejoined', 'plot_seams', 'course',
+           'plot_drift', 'novelty', 'plot_novelty', 'plot_pair', 'training_curves', 'plot_training', 'write_report',
+           'evaluate']
 
 # %% ../nbs/09_evaluate.ipynb #09a779b7
 import base64
@@ -21,26 +22,30 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 import torch
+from matplotlib import colormaps, image, style
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
 from . import NUM_STEPS, SAMPLER
-from .audio import SpectrogramConfig, normalize_peak, to_spectrogram, to_wave, write_whole
-from .data import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, open_store, read_recording
+from .audio import SpectrogramConfig, normalize_peak, to_flac, to_spectrogram, to_wave, write_whole
+from .data import MIDI_ENDINGS, Recording, ahead, find_recordings, find_soundfont, open_store, read_recording
 from pianodiff.distance import (
     Embedding,
     Moments,
@@ -51,7 +56,7 @@ from pianodiff.distance import (
     kernel_distance_to,
     load_embedding,
 )
-from .generate import Piano, Progress, find_model
+from .generate import Piano, find_model
 from pianodiff.music import (
     JOIN_MEASURES,
     STATISTICS,
@@ -68,9 +73,6 @@ from pianodiff.music import (
     trend,
 )
 from .novelty import Corpus, calibrate, closest_pairs, novelty_ratio, single_threaded
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../nbs/09_evaluate.ipynb #daa95370
 class Piece(NamedTuple):
@@ -107,22 +109,13 @@ def _one_of_each_title_first(titles: Sequence[str], seed: int) -> list[int]:
         seen[titles[i]] += 1
     return sorted(order, key=rounds.__getitem__)
 
-
+# %% ../nbs/09_evaluate.ipynb #1503c88c
 def _in_order(make: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """make(item) of each item, in their order, made by threads a few items ahead of what is asked for."""
+    """make(item) of each item, in their order, made on all cores a few items ahead of what is asked for."""
     with single_threaded() as jobs:
-        pool, queue = ThreadPoolExecutor(jobs), deque[Any]()
-        try:
-            for item in items:
-                queue.append(pool.submit(make, item))
-                if len(queue) > jobs:
-                    yield queue.popleft().result()
-            while queue:
-                yield queue.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # whoever is interrupted does not wait
+        yield from ahead(make, items, jobs)
 
-
+# %% ../nbs/09_evaluate.ipynb #c621bfa5
 def _read_piece(recording: Recording, source: str, cfg: SpectrogramConfig, most: int | None, normalize: bool,
                 soundfont: str | None) -> Piece | str:
     """The first `most` whole blocks of a recording, or the reason why there are none."""
@@ -156,7 +149,7 @@ def _take(found: Iterable[tuple[Recording, Piece | str]], blocks: int | None, sh
                 break
     return pieces, skipped
 
-
+# %% ../nbs/09_evaluate.ipynb #3e2cfbfe
 def read_pieces(
     source: str | os.PathLike,
     cfg: SpectrogramConfig,
@@ -212,6 +205,36 @@ def _kept(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
+def _made_or_kept(piano: Piano, path: Path, blocks: int, report: Callable[[int], Any], *, seed: int,
+                  **how: Any) -> dict[str, Tensor]:
+    """A piece's spectrogram and its sound, from the file at `path`, or made and kept there; blocks are reported."""
+    if (found := _kept(path)) is not None:
+        report(blocks)
+        return found
+    spec = piano.spectrogram(blocks * piano.cfg.block_seconds, seed=seed, **how,
+                             callback=lambda progress: report(progress.step == progress.num_steps))
+    found = {"spec": spec, "wave": _inverted(spec, piano.cfg, seed)}
+    write_whole(path, save(found))
+    return found
+
+
+@contextmanager
+def _blocks_bar(total: int, model: str) -> Iterator[Callable[[int], Any]]:
+    """Counts blocks that are ready; who reports one after the end, because of an interruption, is stopped."""
+    ended = threading.Event()
+
+    def report(blocks: int) -> None:
+        if ended.is_set():
+            raise InterruptedError
+        bar.update(blocks)
+
+    with tqdm(total=total, unit="block", desc=f"made by {model}") as bar:
+        try:
+            yield report
+        finally:
+            ended.set()
+
+# %% ../nbs/09_evaluate.ipynb #36a8f7e8
 def make_pieces(
     model: str | os.PathLike,
     cache: str | os.PathLike,
@@ -234,30 +257,14 @@ def make_pieces(
         raise ValueError(f"{pieces} pieces of {seconds} s hold no block; give {piano.cfg.block_seconds} s or more")
     piano.stream(seconds, seed=seed, sampler=sampler, num_steps=steps)  # checks the settings, and makes nothing yet
     home.mkdir(parents=True, exist_ok=True)
-    seeds = range(seed, seed + pieces)
-    paths = {i: home / f"{_key(folder, blocks, sampler, steps, i)}.safetensors" for i in seeds}
-    interrupted = threading.Event()
+    with _blocks_bar(pieces * blocks, folder.name) as report:
 
-    def make(i: int) -> Piece:
-        if (found := _kept(paths[i])) is None:
-            spec = piano.spectrogram(blocks * piano.cfg.block_seconds, seed=i, sampler=sampler, num_steps=steps,
-                                     callback=report)
-            found = {"spec": spec, "wave": _inverted(spec, piano.cfg, i)}
-            write_whole(paths[i], save(found))
-        else:
-            bar.update(blocks)
-        return Piece(f"seed {i}", f"seed {i}", found["wave"], found["spec"])
+        def make(i: int) -> Piece:
+            path = home / f"{_key(folder, blocks, sampler, steps, i)}.safetensors"
+            found = _made_or_kept(piano, path, blocks, report, seed=i, sampler=sampler, num_steps=steps)
+            return Piece(f"seed {i}", f"seed {i}", found["wave"], found["spec"])
 
-    def report(progress: Progress) -> None:
-        if interrupted.is_set():
-            raise InterruptedError
-        bar.update(progress.step == progress.num_steps)
-
-    with tqdm(total=pieces * blocks, unit="block", desc=f"made by {folder.name}") as bar:
-        try:
-            return list(_in_order(make, seeds))
-        finally:
-            interrupted.set()
+        return list(_in_order(make, range(seed, seed + pieces)))
 
 # %% ../nbs/09_evaluate.ipynb #a7e7487b
 def split_pieces(pieces: Sequence[Piece], blocks: int, cfg: SpectrogramConfig,
@@ -345,17 +352,91 @@ def distances(rows: dict[str, Tensor], reference: Tensor, cfg: SpectrogramConfig
             table[name] |= {measure_name: distance(x), f"{measure_name}_interval": interval(distance, x, seed=seed)}
     return table
 
+# %% ../nbs/09_evaluate.ipynb #86d06ff2
+def floors(real: Sequence[Piece], made: Tensor, cfg: SpectrogramConfig, embedding: Embedding, *, count: int = 20,
+           cache: Path | None = None, seed: int = 0) -> dict[str, list[float]]:
+    """The Fréchet distances of N other `real` blocks, and of `made` `[N, T]`, from the references of some splits.
 
-def in_order(table: dict[str, dict[str, Any]]) -> bool:
+    `count` splits as by `split_pieces` of the seeds from `seed` on, but those for which there are too few blocks.
+    """
+    points = embed(embedding, clips_of(real, cfg), cfg.sample_rate, cache=cache)
+    points_of = dict(zip((piece.name for piece in real), points.split([_count([piece], cfg) for piece in real]),
+                         strict=True))
+    model = Moments.of(embed(embedding, made, cfg.sample_rate, cache=cache))
+    found: dict[str, list[float]] = {"real": [], "model": []}
+    for s in tqdm(range(seed, seed + count), f"splits ({embedding.name})"):
+        try:
+            sides = split_pieces(real, len(made), cfg, s)
+        except ValueError:
+            continue
+        reference, others = (Moments.of(torch.cat([points_of[piece.name][: _count([piece], cfg)] for piece in side]))
+                             for side in sides)
+        found["real"].append(frechet_distance(others, reference))
+        found["model"].append(frechet_distance(model, reference))
+    return found
+
+
+def farther(floors: dict[str, list[float]]) -> int:
+    """In how many splits the model is farther off than other real music is."""
+    return sum(model > real for real, model in zip(floors["real"], floors["model"], strict=True))
+
+
+def in_order(table: dict[str, dict[str, Any]], floors: dict[str, list[float]]) -> bool:
     """Whether floor <= ceiling < model < noise, without which a measure can't be trusted to rank models.
 
-    Phase retrieval may cost less than chance does: floor and ceiling tie if each lies in the other's interval.
+    Floor and model are compared by their medians over splits, and model and noise in the table. Phase retrieval may
+    cost less than chance does: floor and ceiling tie if each lies in the other's interval.
     """
     floor, ceiling, model, noise = (table[row] for row in ("real", "retrieved", "model", "noise"))
     tie = all(a["frechet_interval"][0] <= b["frechet_infinity"] <= a["frechet_interval"][1]
               for a, b in ((floor, ceiling), (ceiling, floor)))
     return (tie or floor["frechet"] < ceiling["frechet"]) and (
-        max(floor["frechet"], ceiling["frechet"]) < model["frechet"] < noise["frechet"])
+        median(floors["real"]) < median(floors["model"]) and model["frechet"] < noise["frechet"])
+
+# %% ../nbs/09_evaluate.ipynb #aeb0a626
+_in_style = style.context("pianodiff.book")
+
+
+def _by_decades(axis: Axis) -> None:
+    """Label an axis with a logarithmic scale 0.1, 0.2, 0.5, 1, ..."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _axes(rows: int = 1, columns: int = 1, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+    """A figure of the book's width, `height` inches high, and its axes `[rows, columns]`."""
+    figure = Figure(figsize=(9, height))
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+@_in_style
+def plot_distances(tables: dict[str, dict[str, dict[str, Any]]]) -> Figure:
+    """Extrapolated Fréchet distance of each row with its interval, for each embedding."""
+    figure, axes = _axes(len(tables), height=0.8 + 1.7 * len(tables))
+    for ax, (name, table) in zip(axes[:, 0], tables.items(), strict=True):
+        for y, row in enumerate(table.values()):
+            ax.plot(row["frechet_interval"], [y, y], "C0")
+            ax.plot(row["frechet_infinity"], y, "oC0")
+        ax.set(yticks=range(len(table)), yticklabels=list(table), xscale="log",
+               xlabel=f"Fréchet distance for N → ∞ ({name})")
+        ax.invert_yaxis()
+        _by_decades(ax.xaxis)
+    return figure
+
+
+@_in_style
+def plot_floors(tables: dict[str, dict[str, list[float]]]) -> Figure:
+    """What `floors` found for each embedding: split by split, from the lowest floor to the highest."""
+    figure, axes = _axes(1, len(tables))
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        order = np.argsort(table["real"])
+        for row, style_ in (("real", "o-C0"), ("model", "sC1")):
+            ax.plot(np.array(table[row])[order], style_, ms=4, label="other real music" if row == "real" else row)
+        ax.set(xticks=[], xlabel=f"random splits by title ({name})", ylabel="Fréchet distance", yscale="log")
+        _by_decades(ax.yaxis)
+        ax.legend()
+    return figure
 
 # %% ../nbs/09_evaluate.ipynb #1fec683b
 def compare_statistics(values: dict[str, dict[str, Tensor]], reference: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -365,6 +446,27 @@ def compare_statistics(values: dict[str, dict[str, Tensor]], reference: dict[str
                          "distance": statistic_distance(found[name], reference[name])}
                    for row, found in values.items()}
             for name in STATISTICS}
+
+# %% ../nbs/09_evaluate.ipynb #eec7640e
+@_in_style
+def plot_statistics(values: dict[str, dict[str, Tensor]], reference: dict[str, Tensor]) -> Figure:
+    """Each statistic's distribution: the reference in grey, some rows as lines."""
+    rows = math.ceil(len(STATISTICS) / 3)
+    figure, axes = _axes(rows, 3, height=2.2 * rows)
+    for ax, name in zip(axes.flat, STATISTICS, strict=False):
+        known = reference[name][reference[name].isfinite()]
+        low, high = known.quantile(torch.tensor([0.005, 0.995])).tolist()
+        pad = 0.1 * (high - low) or 0.1
+        bins = np.linspace(low - pad, high + pad, 25)
+        ax.hist(known, bins, weights=np.full(len(known), 1 / len(known)), color="0.8", label="reference")
+        for row in ("real", "model", "noise"):
+            found = values[row][name][values[row][name].isfinite()].numpy().clip(bins[0], bins[-1])
+            ax.hist(found, bins, weights=np.full(len(found), 1 / max(len(found), 1)), histtype="step", label=row)
+        ax.set(xlabel=name.replace("_", " "), yticks=[])
+    for ax in axes.flat[len(STATISTICS) :]:
+        ax.axis("off")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=4, loc="outside lower center")
+    return figure
 
 # %% ../nbs/09_evaluate.ipynb #872a22f5
 def seams(pieces: Sequence[Piece], cfg: SpectrogramConfig, seed: int = 0) -> dict[str, dict[str, float]]:
@@ -420,12 +522,43 @@ def _far_apart(count: int) -> list[int]:
     half = (count + 1) // 2
     return [i // 2 + (half if i % 2 else 0) for i in range(count)]
 
+# %% ../nbs/09_evaluate.ipynb #a2305693
+@_in_style
+def plot_seams(table: dict[str, dict[str, dict[str, float]]]) -> Figure:
+    """For each of the JOIN_MEASURES the probability that a join shows more than a middle, of each set of pieces."""
+    figure, axes = _axes(1, len(JOIN_MEASURES), height=2.5)
+    for ax, name in zip(axes[0], JOIN_MEASURES, strict=True):
+        for y, found in ((y, row[name]) for y, row in enumerate(table.values()) if name in row):
+            ax.plot([found["low"], found["high"]], [y, y], "C0")
+            ax.plot(found["auc"], y, "oC0")
+        ax.axvline(0.5, color="0.6", ls=":")
+        ax.set(xlim=(-0.05, 1.05), ylim=(len(table) - 0.5, -0.5), yticks=range(len(table)),
+               yticklabels=list(table) if ax is axes[0, 0] else [], title=name.replace("_", " "))
+    figure.supxlabel("probability that a join shows more than a middle", fontsize="small")
+    return figure
+
 # %% ../nbs/09_evaluate.ipynb #079ae4f2
 def course(pieces: Sequence[Piece], cfg: SpectrogramConfig) -> dict[str, Tensor]:
     """The statistics `[P, K]` block by block: of P pieces, those of median length and longer, the first K blocks."""
     lengths = sorted(len(piece.wave) for piece in pieces)
     length = lengths[len(lengths) // 2]
     return drift(torch.stack([piece.wave[:length] for piece in pieces if len(piece.wave) >= length]), cfg)
+
+# %% ../nbs/09_evaluate.ipynb #45a88fcd
+@_in_style
+def plot_drift(values: dict[str, dict[str, Tensor]],
+               names: Sequence[str] = ("level", "notes_per_second", "register")) -> Figure:
+    """Statistics `[P, K]` over the index of the block: the median of the pieces, and the middle half of them."""
+    figure, axes = _axes(1, len(names))
+    for ax, name in zip(axes[0], names, strict=True):
+        for row, found in values.items():
+            x = np.arange(found[name].shape[1])
+            low, median, high = found[name].nanquantile(torch.tensor([0.25, 0.5, 0.75]), dim=0)
+            ax.plot(x, median, label=row)
+            ax.fill_between(x, low, high, alpha=0.2)
+        ax.set(xlabel="block", ylabel=name.replace("_", " "))
+    axes[0, 0].legend()
+    return figure
 
 # %% ../nbs/09_evaluate.ipynb #a7474831
 def novelty(
@@ -452,95 +585,30 @@ def novelty(
         sides[name] = [(made[pair.query], corpus.block(pair.recording, pair.frame)) for pair in pairs]
     return verdicts, sides
 
-# %% ../nbs/09_evaluate.ipynb #ac121808
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", np.ndarray]:
-    from matplotlib.figure import Figure  # takes a while to import
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def plot_distances(tables: dict[str, dict[str, dict[str, Any]]]) -> "Figure":
-    """Extrapolated Fréchet distance of each row with its interval, for each embedding."""
-    figure, axes = _figure(8, 0.8 + 1.7 * len(tables), len(tables))
-    for ax, (name, table) in zip(axes[:, 0], tables.items(), strict=True):
-        for y, row in enumerate(table.values()):
-            ax.plot(row["frechet_interval"], [y, y], "C0")
-            ax.plot(row["frechet_infinity"], y, "oC0")
-        ax.set(yticks=range(len(table)), yticklabels=list(table), xscale="log",
-               xlabel=f"Fréchet distance for N → ∞ ({name})")
-        ax.invert_yaxis()
-    return figure
-
-
-def plot_statistics(values: dict[str, dict[str, Tensor]], reference: dict[str, Tensor]) -> "Figure":
-    """Each statistic's distribution: the reference in grey, some rows as lines."""
-    columns = 3
-    figure, axes = _figure(9, 2.2 * math.ceil(len(STATISTICS) / columns), math.ceil(len(STATISTICS) / columns), columns)
-    for ax, name in zip(axes.flat, STATISTICS, strict=False):
-        known = reference[name][reference[name].isfinite()]
-        low, high = known.quantile(torch.tensor([0.005, 0.995])).tolist()
-        bins = np.linspace(low - 0.1 * (high - low), high + 0.1 * (high - low) + 1e-9, 25)
-        ax.hist(known, bins, weights=np.full(len(known), 1 / len(known)), color="0.8", label="reference")
-        for row in ("real", "model", "noise"):
-            found = values[row][name][values[row][name].isfinite()].numpy().clip(bins[0], bins[-1])
-            ax.hist(found, bins, weights=np.full(len(found), 1 / max(len(found), 1)), histtype="step", label=row)
-        ax.set(xlabel=name.replace("_", " "), yticks=[])
-    axes.flat[0].legend(fontsize="small")
-    for ax in axes.flat[len(STATISTICS) :]:
-        ax.axis("off")
-    return figure
-
-
-def plot_seams(table: dict[str, dict[str, dict[str, float]]]) -> "Figure":
-    """For each measure the probability that a join shows more than a middle, of each set of pieces."""
-    figure, axes = _figure(10, 2.6, 1, len(JOIN_MEASURES))
-    for ax, name in zip(axes[0], JOIN_MEASURES, strict=True):
-        for y, found in ((y, row[name]) for y, row in enumerate(table.values()) if name in row):
-            ax.plot([found["low"], found["high"]], [y, y], "C0")
-            ax.plot(found["auc"], y, "oC0")
-        ax.axvline(0.5, color="0.6", ls=":")
-        ax.set(xlim=(0, 1), yticks=range(len(table)), yticklabels=list(table) if ax is axes[0, 0] else [],
-               xlabel=name.replace("_", " "))
-        ax.invert_yaxis()
-    return figure
-
-
-def plot_drift(values: dict[str, dict[str, Tensor]],
-               names: Sequence[str] = ("level", "notes_per_second", "register")) -> "Figure":
-    """Statistics `[P, K]` over the index of the block: the median of the pieces, and the middle half of them."""
-    figure, axes = _figure(9, 2.6, 1, len(names))
-    for ax, name in zip(axes[0], names, strict=True):
-        for row, found in values.items():
-            x = np.arange(found[name].shape[1])
-            low, median, high = found[name].nanquantile(torch.tensor([0.25, 0.5, 0.75]), dim=0)
-            ax.plot(x, median, label=row)
-            ax.fill_between(x, low, high, alpha=0.2)
-        ax.set(xlabel="block", ylabel=name.replace("_", " "))
-    axes[0, 0].legend(fontsize="small")
-    return figure
-
-
-def plot_novelty(found: dict[str, dict[str, Any]]) -> "Figure":
+# %% ../nbs/09_evaluate.ipynb #561f8faf
+@_in_style
+def plot_novelty(found: dict[str, dict[str, Any]]) -> Figure:
     """Distributions of the novelty ratio to each search; copies would lie left of the threshold."""
-    figure, axes = _figure(9, 2.6, 1, len(found))
+    figure, axes = _axes(1, len(found))
     for ax, (name, search) in zip(axes[0], found.items(), strict=True):
         for row, ratios in search["ratios"].items():
             ax.hist(ratios, np.linspace(0, 1.02, 52), density=True, alpha=0.6, label=row)
         ax.axvline(search["verdict"]["threshold"], color="k", ls=":", label="threshold")
         ax.set(xlabel=f"nearest / mean of the next, by {name}", yticks=[])
-    axes[0, 0].legend(fontsize="small")
+    axes[0, 0].legend(loc="upper left")
     return figure
 
 
-def plot_pair(generated: Tensor, training: Tensor, cfg: SpectrogramConfig) -> "Figure":
+@_in_style
+def plot_pair(generated: Tensor, training: Tensor, cfg: SpectrogramConfig) -> Figure:
     """Two blocks `[n_bins, n_frames]` side by side."""
-    figure, axes = _figure(8, 2.4, 1, 2)
+    figure, axes = _axes(1, 2)
     sides = {"generated": generated, "its nearest training passage": training}
     for ax, (title, spec) in zip(axes[0], sides.items(), strict=True):
-        ax.imshow(spec, origin="lower", aspect="auto", cmap="magma", vmin=0, vmax=1,
-                  extent=(0, cfg.block_seconds, 0, cfg.sample_rate / 2))
+        shown = ax.imshow((spec - 1) * cfg.top_db, vmin=-cfg.top_db, vmax=0,
+                          extent=(0, cfg.block_seconds, 0, cfg.sample_rate / 2))
         ax.set(xlabel="time (s)", ylabel="frequency (Hz)", title=title)
+    figure.colorbar(shown, ax=axes, label="level (dB)")
     return figure
 
 # %% ../nbs/09_evaluate.ipynb #6488d84d
@@ -561,40 +629,39 @@ def training_curves(log: str | os.PathLike) -> tuple[Tensor, dict[str, Tensor]]:
     columns = {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
     return columns.pop("images"), {name.removeprefix("val_"): losses for name, losses in columns.items()}
 
-
-def plot_training(run: str | os.PathLike, most: int = 4) -> "Figure":
+# %% ../nbs/09_evaluate.ipynb #5ade19a5
+@_in_style
+def plot_training(run: str | os.PathLike, most: int = 4) -> Figure:
     """The course of a run folder of `pianodiff train`: the validation loss at each sigma over the blocks seen, and
     below it up to `most` of its samples' spectrograms, from the first to the last. A log alone will do, too.
 
     Raises what `training_curves` raises.
     """
-    from matplotlib import image
-
     path = Path(run) / "log.csv" if Path(run).is_dir() else Path(run)
     images, losses = training_curves(path)
     found = sorted((path.parent / "samples").glob("*.png"), key=lambda picture: int(picture.stem))
     chosen = [found[i] for i in sorted({round(i) for i in np.linspace(0, len(found) - 1, min(most, len(found)))})]
-    figure, axes = _figure(8, 4 + 3.2 * len(chosen), 1 + len(chosen))
-    for sigma, loss in losses.items():
-        axes[0, 0].plot(images, loss, "o-", ms=3, label=rf"$\sigma$ = {sigma}")
+    figure, axes = _axes(1 + len(chosen), height=3.5 + 3.2 * len(chosen))
+    colours = colormaps["magma"](np.linspace(0.1, 0.85, len(losses)))  # the larger the noise, the brighter
+    for (sigma, loss), colour in zip(losses.items(), colours, strict=True):
+        axes[0, 0].plot(images, loss, "o-", ms=3, color=colour, label=rf"$\sigma$ = {sigma}")
     axes[0, 0].set(xlabel="blocks seen", ylabel="validation loss", yscale="log")
-    axes[0, 0].legend(bbox_to_anchor=(1, 1), loc="upper left", fontsize="small")
+    _by_decades(axes[0, 0].yaxis)
+    axes[0, 0].legend(bbox_to_anchor=(1, 1), loc="upper left")
     for ax, picture in zip(axes[1:, 0], chosen, strict=True):
-        ax.imshow(image.imread(picture))
+        ax.imshow(image.imread(picture), origin="upper", aspect="equal")
         ax.axis("off")
     return figure
 
 # %% ../nbs/09_evaluate.ipynb #306ef52d
-def _png(figure: "Figure") -> str:
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _png(figure: Figure) -> str:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def _flac(wave: Tensor, sample_rate: int) -> str:
-    data = io.BytesIO()
-    soundfile.write(data, wave.clamp(-1, 1).numpy(), sample_rate, format="FLAC", compression_level=0.0)
-    return base64.b64encode(data.getvalue()).decode()
+    return _base64(data.getvalue())
 
 
 def _plain(value: Any) -> Any:
@@ -617,8 +684,8 @@ def _described(pieces: Sequence[Piece], cfg: SpectrogramConfig) -> dict[str, int
     titles = {piece.title for piece in pieces}
     return {"pieces": len(pieces), "titles": len(titles), "blocks": _count(pieces, cfg)}
 
-
-def write_report(out: str | os.PathLike, results: dict[str, Any], figures: dict[str, "Figure"],
+# %% ../nbs/09_evaluate.ipynb #5903db1c
+def write_report(out: str | os.PathLike, results: dict[str, Any], figures: dict[str, Figure],
                  sounds: dict[str, list[tuple[str, Tensor]]], cfg: SpectrogramConfig) -> None:
     """Write a page with tables, pictures and players, which needs nothing else; and `results` as JSON beside it.
 
@@ -628,33 +695,69 @@ def write_report(out: str | os.PathLike, results: dict[str, Any], figures: dict[
 
     out = Path(out)
     pictures = {name: _png(figure) for name, figure in figures.items()}
-    players = {name: [(label, _flac(wave, cfg.sample_rate)) for label, wave in clips] for name, clips in sounds.items()}
+    players = {name: [(label, _base64(to_flac(wave, cfg.sample_rate))) for label, wave in clips]
+               for name, clips in sounds.items()}
     environment = Environment(loader=PackageLoader("pianodiff", "."), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True)
+    environment.filters |= {"median": median, "farther": farther}
     page = environment.get_template("report.html").render(
         **_plain(results), pictures=pictures, players=players, explanations=STATISTICS, join_measures=JOIN_MEASURES,
         block_seconds=cfg.block_seconds)
     write_whole(out.with_suffix(".json"), (json.dumps(_plain(results), indent=1) + "\n").encode())
     write_whole(out, page.encode())
 
-# %% ../nbs/09_evaluate.ipynb #067a612d
+# %% ../nbs/09_evaluate.ipynb #421ed3fe
+class _Sets(NamedTuple):
+    """What is compared with what."""
+
+    cfg: SpectrogramConfig
+    seed: int
+    made: list[Piece]
+    real: list[Piece]  # all, of which there are
+    known: list[Piece]  # the reference, and
+    others: list[Piece]  # as many blocks of other titles as were generated
+    again: list[Piece]  # the others after phase retrieval
+    unused: dict[str, dict[str, str]]  # why recordings of either side were not
+
+
+def _gather(made: list[Piece], unused: dict[str, str], reference: str | os.PathLike, cfg: SpectrogramConfig, seed: int,
+            **how: Any) -> _Sets:
+    """The generated pieces beside the real ones, which are read as `how` tells `read_pieces`."""
+    real, unused_real = read_pieces(reference, cfg, normalize=True, seed=seed, **how)
+    known, others = split_pieces(real, min(_count(made, cfg), _count(real, cfg) // 2), cfg, seed)
+    again = list(tqdm(_in_order(partial(retrieved, cfg=cfg, seed=seed), others), "phase retrieval", len(others)))
+    return _Sets(cfg, seed, made, real, known, others, again, {"generated": unused, "reference": unused_real})
+
+# %% ../nbs/09_evaluate.ipynb #6a2a464c
 class _Section(NamedTuple):
     results: dict[str, Any]
-    figures: dict[str, "Figure"] = {}
+    figures: dict[str, Figure] = {}
     sounds: dict[str, list[tuple[str, Tensor]]] = {}
 
 
-def _distances_section(rows: dict[str, Tensor], reference: Tensor, cfg: SpectrogramConfig, ears: Sequence[Embedding],
-                       cache: Path, seed: int) -> _Section:
+@contextmanager
+def _warnings_told() -> Iterator[list[str]]:
+    """What is warned of: told on standard error at the end, and there for the page; once, not for every number."""
+    told: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tables = {ear.name: distances(rows, reference, cfg, ear, cache=cache / ear.name, seed=seed) for ear in ears}
-    told = {re.sub(r"\d+", "", str(w.message)): str(w.message) for w in caught}  # once, not for every number of clips
-    for text in told.values():
+        yield told
+    told += {re.sub(r"\d+", "", str(warning.message)): str(warning.message) for warning in caught}.values()
+    for text in told:
         tqdm.write(f"warning: {text}", file=sys.stderr)
-    return _Section({"warnings": list(told.values()), "distances": tables,
-                     "in_order": {name: in_order(table) for name, table in tables.items()}},
-                    {"distances": plot_distances(tables)},
+
+
+def _distances_section(sets: _Sets, rows: dict[str, Tensor], reference: Tensor, ears: Sequence[Embedding],
+                       cache: Path) -> _Section:
+    tables, split = {}, {}
+    with _warnings_told() as told:
+        for ear in ears:
+            home, cfg, seed = cache / ear.name, sets.cfg, sets.seed
+            tables[ear.name] = distances(rows, reference, cfg, ear, cache=home, seed=seed)
+            split[ear.name] = floors(sets.real, rows["model"], cfg, ear, cache=home, seed=seed)
+    ordered = {name: in_order(table, split[name]) for name, table in tables.items()}
+    return _Section({"warnings": told, "distances": tables, "floors": split, "in_order": ordered},
+                    {"distances": plot_distances(tables), "floors": plot_floors(split)},
                     {"distances": [(row, clips[:4].flatten()) for row, clips in rows.items()]})
 
 
@@ -665,32 +768,43 @@ def _music_section(rows: dict[str, Tensor], reference: Tensor, cfg: SpectrogramC
                     {"statistics": plot_statistics(values, typical)})
 
 
-def _joins_section(made: Sequence[Piece], others: Sequence[Piece], again: Sequence[Piece], cfg: SpectrogramConfig,
-                   seed: int) -> _Section:
-    joined = {"real neighbours": again, "far apart": rejoined(others, cfg, across=False, seed=seed),
-              "strangers": rejoined(others, cfg, across=True, seed=seed), "model": made}
+def _joins_section(sets: _Sets) -> _Section:
+    cfg, seed = sets.cfg, sets.seed
+    joined = {"real neighbours": sets.again, "far apart": rejoined(sets.others, cfg, across=False, seed=seed),
+              "strangers": rejoined(sets.others, cfg, across=True, seed=seed), "model": sets.made}
     joins = {row: found for row, pieces in joined.items() if (found := seams(pieces, cfg, seed))}
     return _Section({"joins": joins}, {"joins": plot_seams(joins)},
                     {"joins": [(row, pieces[0].wave[: 5 * cfg.block_samples]) for row, pieces in joined.items()]})
 
-
-def _drift_section(made: Sequence[Piece], others: Sequence[Piece], cfg: SpectrogramConfig) -> _Section:
-    courses = {row: course(pieces, cfg) for row, pieces in (("real", others), ("model", made))}
+# %% ../nbs/09_evaluate.ipynb #d9d47c62
+def _drift_section(sets: _Sets) -> _Section:
+    courses = {row: course(pieces, sets.cfg) for row, pieces in (("real", sets.others), ("model", sets.made))}
     slopes = {row: {name: trend(found)._asdict() for name, found in values.items()
                     if ((~found.isnan()).sum(1) > 1).sum() > 1}  # pieces that have a slope
               for row, values in courses.items()}
     return _Section({"drift": slopes}, {"drift": plot_drift(courses)})
 
 
-def _novelty_section(made: Sequence[Piece], others: Sequence[Piece], training: str | os.PathLike,
-                     cfg: SpectrogramConfig, transpose: int, cache: Path) -> _Section:
-    found, sides = novelty(made, others, training, cfg, transpose=transpose, cache=cache)
+def _novelty_section(sets: _Sets, training: str | os.PathLike, transpose: int, cache: Path) -> _Section:
+    found, sides = novelty(sets.made, sets.others, training, sets.cfg, transpose=transpose, cache=cache)
     pairs = {f"{name} {i}": pair for name, blocks in sides.items() for i, pair in enumerate(blocks)}
-    return _Section({"novelty": found},
-                    {"novelty": plot_novelty(found)} | {name: plot_pair(*pair, cfg) for name, pair in pairs.items()},
-                    {name: [(label, to_wave(spec, cfg, generator=torch.Generator().manual_seed(0)))
-                            for label, spec in zip(("generated", "training"), pair, strict=True)]
-                     for name, pair in pairs.items()})
+    sounds = {name: [(label, to_wave(spec, sets.cfg, generator=torch.Generator().manual_seed(0)))
+                     for label, spec in zip(("generated", "training"), pair, strict=True)]
+              for name, pair in pairs.items()}
+    pictures = {name: plot_pair(*pair, sets.cfg) for name, pair in pairs.items()}
+    return _Section({"novelty": found}, {"novelty": plot_novelty(found), **pictures}, sounds)
+
+
+def _facts(sets: _Sets, generated: str | os.PathLike, sound: bool, reference: str | os.PathLike,
+           splits: Sequence[str], training: str | os.PathLike | None) -> _Section:
+    """What was compared, and with which versions."""
+    return _Section({
+        "seed": sets.seed, "versions": _versions(), "training": None if training is None else str(training),
+        "generated": {"source": str(generated), "name": Path(generated).name, "model": not sound,
+                      **_described(sets.made, sets.cfg), "unused": sets.unused["generated"]},
+        "reference": {"source": str(reference), **_described(sets.known, sets.cfg), "splits": list(splits),
+                      "unused": sets.unused["reference"]},
+        "others": _described(sets.others, sets.cfg)})
 
 # %% ../nbs/09_evaluate.ipynb #51e8146a
 def _is_sound(generated: str | os.PathLike) -> bool:
@@ -725,7 +839,7 @@ def _command(generated: str | os.PathLike, reference: str | os.PathLike, **optio
             words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
     return shlex.join(words)
 
-# %% ../nbs/09_evaluate.ipynb #ac0d4a94
+# %% ../nbs/09_evaluate.ipynb #95aaa4ba
 def evaluate(
     generated: str | os.PathLike,
     reference: str | os.PathLike,
@@ -758,35 +872,31 @@ def evaluate(
     out, sound, begin = Path(out), _is_sound(generated), time.perf_counter()
     home, cfg = Path(cache) if cache else out.with_suffix(".cache"), _spectrogram_of(generated, training)
     ears = [load_embedding(name) for name in embeddings]
-    making: dict[str, Any] = {"pieces": pieces, "seconds": seconds, "steps": steps, "sampler": sampler}
-    find_recordings(reference)  # before the work begins
-    made, unused = read_pieces(generated, cfg) if sound else (
-        make_pieces(generated, home / "pieces", seed=seed, **making), {})
-    middle = time.perf_counter()
-    real, unused_real = read_pieces(reference, cfg, splits=splits, blocks=blocks, most=most, normalize=True, seed=seed,
-                                    soundfont=soundfont)
-    known, others = split_pieces(real, min(_count(made, cfg), _count(real, cfg) // 2), cfg, seed)
-    again = list(tqdm(_in_order(partial(retrieved, cfg=cfg, seed=seed), others), "phase retrieval", len(others)))
-    rows, against = make_rows(made, others, again, cfg, seed), clips_of(known, cfg)
-    sections = [_distances_section(rows, against, cfg, ears, home, seed), _music_section(rows, against, cfg),
-                _joins_section(made, others, again, cfg, seed), _drift_section(made, others, cfg)]
-    if training is not None:
-        sections.append(_novelty_section(made, others, training, cfg, transpose, home))
-
-    command = _command(generated, reference, **({} if sound else making), training=training,
+    how: dict[str, Any] = {} if sound else {"pieces": pieces, "seconds": seconds, "steps": steps, "sampler": sampler}
+    command = _command(generated, reference, **how, training=training,
                        transpose=None if training is None else transpose, embeddings=tuple(embeddings),
                        splits=tuple(splits), blocks=blocks, seed=seed, soundfont=soundfont)
-    results: dict[str, Any] = {
-        "command": command, "seed": seed, "versions": _versions(),
-        "seconds": {"making": 0.0 if sound else round(middle - begin, 1),
-                    "evaluating": round(time.perf_counter() - (begin if sound else middle), 1)},
-        "generated": {"source": str(generated), "name": Path(generated).name, "model": not sound,
-                      **_described(made, cfg), "unused": unused},
-        "reference": {"source": str(reference), **_described(known, cfg), "splits": list(splits),
-                      "unused": unused_real},
-        "others": _described(others, cfg), "training": None if training is None else str(training)}
+    find_recordings(reference)  # before the work begins
+    made, unused = read_pieces(generated, cfg) if sound else (
+        make_pieces(generated, home / "pieces", seed=seed, **how), {})
+    middle = time.perf_counter()
+
+    sets = _gather(made, unused, reference, cfg, seed, splits=splits, blocks=blocks, most=most, soundfont=soundfont)
+    rows, against = make_rows(made, sets.others, sets.again, cfg, seed), clips_of(sets.known, cfg)
+    sections = [
+        _facts(sets, generated, sound, reference, splits, training),
+        _distances_section(sets, rows, against, ears, home),
+        _music_section(rows, against, cfg),
+        _joins_section(sets),
+        _drift_section(sets),
+        *([] if training is None else [_novelty_section(sets, training, transpose, home)]),
+    ]
+
+    took = {"making": 0.0 if sound else round(middle - begin, 1),
+            "evaluating": round(time.perf_counter() - (begin if sound else middle), 1)}
+    results: dict[str, Any] = {"command": command, "seconds": took}
     for section in sections:
         results |= section.results
-    write_report(out, results, {k: v for section in sections for k, v in section.figures.items()},
-                 {k: v for section in sections for k, v in section.sounds.items()}, cfg)
+    write_report(out, results, {name: figure for section in sections for name, figure in section.figures.items()},
+                 {name: sound for section in sections for name, sound in section.sounds.items()}, cfg)
     return results

@@ -105,16 +105,7 @@ KEY_PROFILES = torch.tensor([  # C major and C minor: Krumhansl and Kessler 1982
     [6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88],
     [6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17]])
 
-
-def _check_waves(waves: Tensor, cfg: SpectrogramConfig) -> None:
-    if waves.ndim != 2 or not waves.is_floating_point() or not len(waves):
-        raise ValueError(f"floating-point waves [N, T] are needed, not {waves.dtype} {list(waves.shape)}")
-    if waves.shape[1] < cfg.block_samples:
-        raise ValueError(f"the waves have {waves.shape[1]} samples; give at least one block ({cfg.block_samples})")
-    if bad := int((~waves.isfinite().all(1)).sum()):
-        raise ValueError(f"{bad} of {len(waves)} waves hold NaN or infinite samples; leave them out")
-
-
+# %% ../nbs/09b_music.ipynb #1dd5ab2c
 def _by_class(notes: Tensor) -> Tensor:
     """Sum of `[..., 88]` over octaves: `[..., 12]` from C to B."""
     return F.pad(notes, (21, 11)).unflatten(-1, (10, 12)).sum(-2)  # MIDI 0 is a C
@@ -126,32 +117,53 @@ def _key_clarity(classes: Tensor) -> Tensor:
     keys, x = (t - t.mean(1, keepdim=True) for t in (keys, classes))
     return (x @ F.normalize(keys).T / x.norm(dim=1, keepdim=True)).amax(1)
 
-
-def _measure(waves: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
-    spec = to_spectrogram(waves, cfg)
+# %% ../nbs/09b_music.ipynb #4e860093
+def _of_notes(spec: Tensor, length: int, cfg: SpectrogramConfig) -> dict[str, Tensor]:
+    """The statistics of notes `[N]`, and `pitch_classes` `[N, 12]`, of spectrograms of waves of `length` samples."""
     onsets, sounding = _onset_frames(spec, cfg)[0], sounding_notes(spec, cfg)
+    gaps, nan = [row.nonzero()[:, 0].diff().float() for row in onsets], torch.tensor(torch.nan, device=spec.device)
+    notes, duration = sounding.sum(1).float(), sounding.sum(2).float()
+    half = duration.cumsum(1) >= duration.sum(1, keepdim=True) / 2
+    return {
+        "notes_per_second": onsets.sum(1) * (cfg.sample_rate / length),
+        "inter_onset": torch.stack([gap.quantile(0.5) if len(gap) else nan for gap in gaps])
+        * (cfg.hop_length / cfg.sample_rate),
+        "polyphony": notes.sum(1) / (notes > 0).sum(1),
+        "register": (21.0 + half.float().argmax(1)).masked_fill(duration.sum(1) == 0, torch.nan),
+        "key_clarity": _key_clarity(_by_class(duration)),
+        "pitch_classes": _by_class(duration) * (cfg.hop_length / cfg.sample_rate),
+    }
+
+
+def _of_level(waves: Tensor, spec: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
+    """The statistics of level `[N]` of waves `[N, T]` and their spectrograms."""
     power = (to_magnitude(spec, cfg)[:, :-1] / cfg.reference).square()
     audible = (power - 10 ** (-cfg.top_db / 10)).clamp(min=0).sum(1) / 3  # 1.5 rows wide, and a sine has power 1/2
     frame_level = 10 * audible.clamp(min=10 ** (-cfg.top_db / 10)).log10()
     silent = frame_level < SILENT
     flatness = 10 * (power.log10().mean(1) - power.mean(1).log10()).masked_fill(silent, torch.nan)
     low, high = frame_level.quantile(torch.tensor([0.1, 0.9]).to(frame_level), dim=1)
-    gaps, nan = [row.nonzero()[:, 0].diff().float() for row in onsets], torch.tensor(torch.nan, device=waves.device)
-    notes, duration = sounding.sum(1).float(), sounding.sum(2).float()
-    half = duration.cumsum(1) >= duration.sum(1, keepdim=True) / 2
     return {
-        "notes_per_second": onsets.sum(1) * (cfg.sample_rate / waves.shape[1]),
-        "inter_onset": torch.stack([gap.quantile(0.5) if len(gap) else nan for gap in gaps])
-        * (cfg.hop_length / cfg.sample_rate),
-        "polyphony": notes.sum(1) / (notes > 0).sum(1),
-        "register": (21.0 + half.float().argmax(1)).masked_fill(duration.sum(1) == 0, torch.nan),
-        "key_clarity": _key_clarity(_by_class(duration)),
         "silence": silent.float().mean(1),
         "dynamic_range": high - low,
         "level": 10 * waves.square().mean(1).clamp(min=10 ** (-cfg.top_db / 10)).log10(),
         "flatness": flatness.nanmean(1),
-        "pitch_classes": _by_class(duration) * (cfg.hop_length / cfg.sample_rate),
     }
+
+# %% ../nbs/09b_music.ipynb #06bed795
+def _check_waves(waves: Tensor, cfg: SpectrogramConfig) -> None:
+    if waves.ndim != 2 or not waves.is_floating_point() or not len(waves):
+        raise ValueError(f"floating-point waves [N, T] are needed, not {waves.dtype} {list(waves.shape)}")
+    if waves.shape[1] < cfg.block_samples:
+        raise ValueError(f"the waves have {waves.shape[1]} samples; give at least one block ({cfg.block_samples})")
+    if bad := int((~waves.isfinite().all(1)).sum()):
+        raise ValueError(f"{bad} of {len(waves)} waves hold NaN or infinite samples; leave them out")
+
+
+def _measure(waves: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
+    spec = to_spectrogram(waves, cfg)
+    found = _of_notes(spec, waves.shape[1], cfg) | _of_level(waves, spec, cfg)
+    return {name: found[name] for name in (*STATISTICS, "pitch_classes")}
 
 
 @torch.no_grad()
@@ -222,10 +234,26 @@ JOIN_MEASURES = {
     "residue": "what phase retrieval leaves over, where the spectrogram is known: see `retrieval_residue` (dB)",
 }
 
-
+# %% ../nbs/09b_music.ipynb #5f137496
 def _windows(wave: Tensor, at: Tensor, half: int) -> Tensor:
     """The samples `[J, 2, half]` before and after each position."""
     return wave[at[:, None] + torch.arange(-half, half, device=wave.device)].unflatten(1, (2, half))
+
+
+def _changes(short: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
+    """Flux and level jump, both `[J]` in dB, from before to after: windows `[J, 2, n]`."""
+    window = torch.hann_window(short.shape[-1], device=short.device)
+    levels = 20 * (torch.fft.rfft(short * window).abs() * 2 / window.sum()).clamp(min=10 ** (-cfg.top_db / 20)).log10()
+    change, order = (levels[:, 1] - levels[:, 0]).sort(1)
+    weight = (10 ** (levels.amin(1) / 20)).gather(1, order).cumsum(1)
+    median = change.gather(1, (weight >= weight[:, -1:] / 2).float().argmax(1, keepdim=True))[:, 0]
+    return change.abs().mean(1), median.abs()
+
+
+def _harmony(long: Tensor, cfg: SpectrogramConfig) -> Tensor:
+    """The cosine `[J]` between the pitch classes before and after: windows `[J, 2, n]`."""
+    left, right = _by_class(note_salience(to_spectrogram(long, cfg), cfg).sum(-1)).unbind(1)
+    return (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1))
 
 
 def _click(x: Tensor, order: int = 64, near: int = 4) -> Tensor:
@@ -241,7 +269,7 @@ def _click(x: Tensor, order: int = 64, near: int = 4) -> Tensor:
     largest = error[:, middle - order - near : middle - order + near].amax(1)
     return 20 * (largest.clamp(min=1e-9) / error.median(1).values.clamp(min=1e-9)).log10()
 
-
+# %% ../nbs/09b_music.ipynb #2102495d
 @torch.no_grad()
 def join_measures(wave: Tensor, at: Sequence[int] | Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
     """What changes at positions `at` `[J]` (samples) of a wave `[T]`: `[J]` values of each of the JOIN_MEASURES that
@@ -258,17 +286,10 @@ def join_measures(wave: Tensor, at: Sequence[int] | Tensor, cfg: SpectrogramConf
     if int(at.min()) < half or int(at.max()) > len(wave) - half:
         raise ValueError(f"positions reach from {int(at.min())} to {int(at.max())}; keep {half} samples away from both "
                          f"ends of the wave's {len(wave)}")
-    short = _windows(wave.float(), at, round(0.032 * cfg.sample_rate))
-    window = torch.hann_window(short.shape[-1], device=wave.device)
-    levels = 20 * (torch.fft.rfft(short * window).abs() * 2 / window.sum()).clamp(min=10 ** (-cfg.top_db / 20)).log10()
-    change, order = (levels[:, 1] - levels[:, 0]).sort(1)
-    weight = (10 ** (levels.amin(1) / 20)).gather(1, order).cumsum(1)
-    median = change.gather(1, (weight >= weight[:, -1:] / 2).float().argmax(1, keepdim=True))[:, 0]
-    salience = note_salience(to_spectrogram(_windows(wave.float(), at, half), cfg), cfg).sum(-1)
-    left, right = _by_class(salience).unbind(1)
-    cosine = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1))
+    flux, jump = _changes(_windows(wave.float(), at, round(0.032 * cfg.sample_rate)), cfg)
     around = _windows(wave.double(), at, round(0.128 * cfg.sample_rate)).flatten(1)
-    return {"flux": change.abs().mean(1), "level_jump": median.abs(), "chroma": cosine, "click": _click(around)}
+    return {"flux": flux, "level_jump": jump, "chroma": _harmony(_windows(wave.float(), at, half), cfg),
+            "click": _click(around)}
 
 # %% ../nbs/09b_music.ipynb #f9c11a1b
 class Excess(NamedTuple):
@@ -335,7 +356,7 @@ def drift(waves: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
     found = measure(blocks.flatten(0, 1), cfg)
     return {name: found[name].unflatten(0, blocks.shape[:2]) for name in STATISTICS}
 
-
+# %% ../nbs/09b_music.ipynb #51be9e97
 class Trend(NamedTuple):
     """Mean change a block, with a 95 % interval; one that holds 0 shows no drift."""
 

@@ -113,13 +113,6 @@ def _piece(recording: dict[str, Any]) -> str:
     return recording["title"] or recording["id"]
 
 
-def _by_group(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Smallest value `[Q, G]` in each group of neighbouring columns of `[Q, N]`, and its column."""
-    starts = torch.tensor([0, *sizes[:-1]], device=values.device).cumsum(0)
-    found = [part.min(1) for part in values.split(list(sizes), 1)]
-    return torch.stack([f.values for f in found], 1), torch.stack([f.indices for f in found], 1) + starts
-
-
 def _step(cfg: SpectrogramConfig) -> int:
     """Frames in a coarse column: a sixteenth of a block."""
     return max(1, cfg.n_frames // 16)
@@ -132,7 +125,14 @@ def _array(group: zarr.Group, recording: str) -> Any:
         raise FileNotFoundError(f"the store {group.store_path} lacks {recording}; copy it again, "
                                 "or run the same `pianodiff prepare` again") from error
 
+# %% ../nbs/09c_novelty.ipynb #de389fc5
+def _by_group(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Smallest value `[Q, G]` in each group of neighbouring columns of `[Q, N]`, and its column."""
+    starts = torch.tensor([0, *sizes[:-1]], device=values.device).cumsum(0)
+    found = [part.min(1) for part in values.split(list(sizes), 1)]
+    return torch.stack([f.values for f in found], 1), torch.stack([f.indices for f in found], 1) + starts
 
+# %% ../nbs/09c_novelty.ipynb #f35c7e73
 def _heard(levels: Tensor) -> Tensor:
     """LogMel's points `[..., D]` of levels `[..., bands, frames]`, all lifted to one mean level."""
     return LogMel.points(levels - levels.mean((-2, -1), keepdim=True))
@@ -152,7 +152,7 @@ def _digested(array: Any, weights: Tensor, cfg: SpectrogramConfig) -> tuple[Tens
     passages = torch.cat(levels, 1).unfold(1, cfg.n_frames, max(1, cfg.n_frames // 2)).movedim(1, 0)
     return torch.cat(bands), torch.cat([_heard(part) for part in passages.split(64)])
 
-
+# %% ../nbs/09c_novelty.ipynb #dda6abd4
 @contextmanager
 def single_threaded() -> Iterator[int]:
     """Have torch compute in one thread, so that tasks can share the cores: as many tasks as this gives.
@@ -207,6 +207,15 @@ class Neighbours:
         return Neighbours(self.distance[blocks], self.recording[blocks], self.frame[blocks], self.transposition[blocks])
 
 # %% ../nbs/09c_novelty.ipynb #e707b307
+def _one_of_each(distance: Tensor, piece: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest distances `[Q, k]` of different pieces, ascending, and their columns, of `[Q, m]`."""
+    distance, order = distance.sort(dim=1, stable=True)
+    piece = piece.gather(1, order)
+    repeated = (piece[:, :, None] == piece[:, None, :]).tril(-1).any(2)
+    distance, first = distance.masked_fill(repeated, float("inf")).sort(dim=1, stable=True)
+    return distance[:, :k], order.gather(1, first)[:, :k]
+
+# %% ../nbs/09c_novelty.ipynb #8acac2db
 @dataclass(frozen=True)
 class Corpus:
     """One split of a spectrogram store, made coarse for searching: `Corpus.of` makes it, `nearest` searches it."""
@@ -323,38 +332,46 @@ class Corpus:
 
     def _nearest(self, blocks: Tensor, k: int, transpose: int, bar: tqdm) -> tuple[Tensor, ...]:
         """Indices of recordings, distances, frames and transpositions, each `[Q, k]`."""
-        step, weights = _step(self.store.cfg), semitone_bands(self.store.cfg).to(blocks.device)
-        rows = 255 * weights @ blocks
-        middle = slice(transpose, len(weights) - transpose)
-        width = blocks.shape[-1] // step
+        weights = semitone_bands(self.store.cfg).to(blocks.device)
+        rows, middle = 255 * weights @ blocks, slice(transpose, len(weights) - transpose)
+        which, shift, frame = self._candidates(rows, k, transpose, middle, bar)
+        distance, frame = self._placed(_patterns(rows, transpose), which, shift, frame, weights[middle], bar)
+        distance, order = _one_of_each(distance, torch.tensor(self._piece_of, device=which.device)[which], k)
+        return distance, *(x.gather(1, order) for x in (which, frame, shift - transpose))
+
+    def _candidates(self, rows: Tensor, k: int, transpose: int, middle: slice, bar: tqdm) -> tuple[Tensor, ...]:
+        """The best passage of each of the k nearest pieces, and the k best of all, by the coarse bands of the blocks.
+
+        Their recordings, shifts and frames, each `[Q, <= 2k]`; frames may be off by half a coarse column.
+        """
+        step = _step(self.store.cfg)
+        width = rows.shape[-1] // step
         coarse = _patterns(rows[..., : width * step].unflatten(-1, (width, step)).mean(-1), transpose)
         start, stretches, owner = self._stretches(width)
         cosine, best, stretch, first = _search(self.bands[:, middle], stretches, coarse, bar)
-        recording, piece_of = torch.tensor(owner)[stretch.cpu()], torch.tensor(self._piece_of)
-        distance, column = _by_group(1 - cosine, piece_of[recording].bincount().tolist())
+        recording = torch.tensor(owner)[stretch.cpu()]
+        distance, column = _by_group(1 - cosine, torch.tensor(self._piece_of)[recording].bincount().tolist())
         pieces, passages = distance.topk(k, largest=False).indices, cosine.topk(min(k, cosine.shape[1])).indices
         column = torch.cat([column.gather(1, pieces), passages], 1)
-        best, which, hop = best.gather(1, column).long(), recording.to(blocks.device)[column], 7 * width + 1
-        shift, frame = best // hop, first[column] + best % hop - torch.tensor(start, device=blocks.device)[which]
-        frame = step * frame
-        cosine, fine = torch.empty(which.shape, device=blocks.device), _patterns(rows, transpose)
-        group = zarr.open_group(self.store.url, mode="r")
+        best, which, hop = best.gather(1, column).long(), recording.to(rows.device)[column], 7 * width + 1
+        frame = first[column] + best % hop - torch.tensor(start, device=rows.device)[which]
+        return which, best // hop, step * frame
+
+    def _placed(self, fine: Tensor, which: Tensor, shift: Tensor, frame: Tensor, weights: Tensor,
+                bar: tqdm) -> tuple[Tensor, Tensor]:
+        """Distances and frames, both `[Q, m]`, of candidates placed to the frame; each recording is read once."""
+        cfg, step, group = self.store.cfg, _step(self.store.cfg), zarr.open_group(self.store.url, mode="r")
+        cosine, frame = torch.empty(which.shape, device=which.device), frame.clone()
         for r in range(len(self.recordings)):
             q, j = (which == r).nonzero(as_tuple=True)
             if len(q):
                 low = max(0, int(frame[q, j].min()) - step)
-                high = int(frame[q, j].max()) + self.store.cfg.n_frames + step
-                codes = torch.from_numpy(_array(group, self.recordings[r]["id"])[low:high]).to(blocks.device)
-                cosine[q, j], placed = _place(codes, frame[q, j] - low, fine[q, shift[q, j]], weights[middle], step)
+                high = int(frame[q, j].max()) + cfg.n_frames + step
+                codes = torch.from_numpy(_array(group, self.recordings[r]["id"])[low:high]).to(which.device)
+                cosine[q, j], placed = _place(codes, frame[q, j] - low, fine[q, shift[q, j]], weights, step)
                 frame[q, j] = placed + low
             bar.update()
-        distance, piece = (2 - 2 * cosine).clamp(min=0).sqrt(), piece_of.to(blocks.device)[which]
-        distance, order = distance.sort(dim=1, stable=True)
-        piece = piece.gather(1, order)
-        repeated = (piece[:, :, None] == piece[:, None, :]).tril(-1).any(2)
-        distance, first_k = distance.masked_fill(repeated, float("inf")).sort(dim=1, stable=True)
-        order = order.gather(1, first_k)[:, :k]
-        return distance[:, :k], *(x.gather(1, order) for x in (which, frame, shift - transpose))
+        return (2 - 2 * cosine).clamp(min=0).sqrt(), frame
 
     def _stretches(self, width: int) -> tuple[list[int], list[tuple[int, int]], list[int]]:
         """Each recording's first column; stretches of columns (first, end) to search at once; the recording of each."""
@@ -401,6 +418,27 @@ def closest_pairs(neighbours: Neighbours, n: int = 5) -> list[Pair]:
                  float(neighbours.distance[q, 0]), float(ratio[q])) for q in ratio.argsort(stable=True)[:n].tolist()]
 
 # %% ../nbs/09c_novelty.ipynb #0964796c
+def _wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
+    """The interval of a share that was found among n (Wilson 1927)."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle, scale = share + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / scale, (middle + half) / scale
+
+
+def _mann_whitney(g: Tensor, h: Tensor) -> tuple[float, float]:
+    """The chance that a value of g `[n]` is below one of h `[m]`, and the one-sided p-value of so high a chance.
+
+    Mann and Whitney 1947, with the normal approximation and its corrections for ties and continuity.
+    """
+    n, m, ordered = len(g), len(h), h.sort().values
+    above = n * m - (torch.searchsorted(ordered, g) + torch.searchsorted(ordered, g, right=True)).sum().item() / 2
+    ties = torch.cat([g, h]).unique(return_counts=True)[1].double()
+    variance = n * m / 12 * (n + m + 1 - float((ties**3 - ties).sum()) / ((n + m) * (n + m - 1)))
+    p_value = NormalDist().cdf(-(above - n * m / 2 - 0.5) / math.sqrt(variance)) if variance > 0 else 1.0
+    return above / (n * m), p_value
+
+# %% ../nbs/09c_novelty.ipynb #5d26a440
 class Calibration(NamedTuple):
     """How generated ratios compare with held-out ones: see `calibrate`."""
 
@@ -431,21 +469,21 @@ def calibrate(generated: Tensor, held_out: Tensor, *, quantile: float = 0.01, co
         raise ValueError(f"a quantile of {quantile:g} needs {math.ceil(1 / quantile) - 1} held-out blocks, not "
                          f"{len(h)}; give more, or a larger quantile")
     threshold = float(h.sort().values[rank - 1])
-    n, share = len(g), float((g <= threshold).double().mean())
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    middle, scale = share + z * z / (2 * n), 1 + z * z / n
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    ordered = h.sort().values
-    above = n * len(h) - (torch.searchsorted(ordered, g) + torch.searchsorted(ordered, g, right=True)).sum().item() / 2
-    ties = torch.cat([g, h]).unique(return_counts=True)[1].double()
-    total = n + len(h)
-    variance = n * len(h) / 12 * (total + 1 - float((ties**3 - ties).sum()) / (total * (total - 1)))
-    p_value = NormalDist().cdf(-(above - n * len(h) / 2 - 0.5) / math.sqrt(variance)) if variance > 0 else 1.0
     suspicious = [i for i in g.argsort(stable=True).tolist() if g[i] <= threshold]
-    return Calibration(threshold, rank / (len(h) + 1), share, (middle - half) / scale, (middle + half) / scale,
-                       above / (n * len(h)), p_value, suspicious)
+    share = len(suspicious) / len(g)
+    return Calibration(threshold, rank / (len(h) + 1), share, *_wilson(share, len(g), confidence),
+                       *_mann_whitney(g, h), suspicious)
 
 # %% ../nbs/09c_novelty.ipynb #a1087464
+def _check_vectors(queries: Tensor, corpus: Tensor, groups: Tensor | None) -> None:
+    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1] or not len(queries):
+        raise ValueError(f"vectors [Q, D] and [N, D] are needed, not {list(queries.shape)} and {list(corpus.shape)}")
+    if not (queries.isfinite().all() and corpus.isfinite().all()):
+        raise ValueError("the vectors hold NaN or infinite values; embed those sounds again")
+    if groups is not None and groups.shape != corpus.shape[:1]:
+        raise ValueError(f"groups [{len(corpus)}] are needed, one for each vector, not {list(groups.shape)}")
+
+
 @torch.no_grad()
 def nearest_vectors(queries: Tensor, corpus: Tensor, *, k: int = 10, groups: Tensor | None = None, chunk: int = 2**25,
                     device: str | torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -455,12 +493,7 @@ def nearest_vectors(queries: Tensor, corpus: Tensor, *, k: int = 10, groups: Ten
     distances are held at a time (but those of one query). `device` is a GPU if there is one. Raises ValueError for
     shapes that don't fit, values that are not finite, and a k beyond the number of vectors or groups.
     """
-    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1] or not len(queries):
-        raise ValueError(f"vectors [Q, D] and [N, D] are needed, not {list(queries.shape)} and {list(corpus.shape)}")
-    if not (queries.isfinite().all() and corpus.isfinite().all()):
-        raise ValueError("the vectors hold NaN or infinite values; embed those sounds again")
-    if groups is not None and groups.shape != corpus.shape[:1]:
-        raise ValueError(f"groups [{len(corpus)}] are needed, one for each vector, not {list(groups.shape)}")
+    _check_vectors(queries, corpus, groups)
     labels = torch.arange(len(corpus)) if groups is None else groups.cpu()
     order, sizes = labels.argsort(stable=True), labels.unique(return_counts=True)[1].tolist()
     if not 1 <= k <= len(sizes):

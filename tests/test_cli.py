@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -43,7 +44,7 @@ def make(model: str, *flags: str, command: tuple[str, ...] = ("generate",)) -> i
 def test_help_is_quick():
     code = ("import sys, pianodiff.cli\ntry: pianodiff.cli.main(['--help'])\nexcept SystemExit: pass\n"
             "assert not {'torch', 'librosa', 'matplotlib', 'zarr'} & set(sys.modules)")
-    help_ = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    help_ = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert help_.returncode == 0, help_.stderr
     assert all(command in help_.stdout for command in ("generate", "continue", "prepare", "train", "info"))
 
@@ -97,9 +98,14 @@ def test_what_exceeds_full_scale_is_clipped(model, monkeypatch):
 
 
 def shell(model: str, *flags: str, **how) -> subprocess.Popen:
+    """The command in a process of its own, which is killed after ten minutes, so that no pipe is read for ever."""
     command = [sys.executable, "-m", "pianodiff.cli", "generate", "--model", model, "--steps", "2", *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)}, **how)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)}, **how)
+    watch = threading.Timer(600, process.kill)  # does nothing to one that has ended
+    watch.daemon = True
+    watch.start()
+    return process
 
 
 def test_a_pipe_gets_a_wav_stream(model):

@@ -21,6 +21,8 @@ from pianodiff.evaluate import (
     course,
     distances,
     evaluate,
+    farther,
+    floors,
     in_order,
     make_pieces,
     noise_like,
@@ -206,12 +208,41 @@ def test_the_order_of_the_rows(music):
 
 
 def test_a_measure_that_ranks_wrongly_is_told():
-    def ranked(*distances: float) -> bool:
-        return in_order({row: {"frechet": d, "frechet_infinity": d, "frechet_interval": (d - 0.5, d + 0.5)}
-                         for row, d in zip(("real", "retrieved", "model", "noise"), distances, strict=True)})
+    def ranked(floor: float, ceiling: float, model: float, noise: float, split: tuple[float, float] = (2, 2.5)) -> bool:
+        rows = {"real": floor, "retrieved": ceiling, "model": model, "noise": noise}
+        table = {row: {"frechet": d, "frechet_infinity": d, "frechet_interval": (d - 0.5, d + 0.5)}
+                 for row, d in rows.items()}
+        return in_order(table, {"real": [1, split[0], 9], "model": [1.5, split[1], 3]})
 
     assert ranked(1, 2, 3, 4) and ranked(1.2, 1, 3, 4)  # a tie
-    assert not any(ranked(*d) for d in ((2, 1, 3, 4), (1, 3, 2, 4), (1, 2, 4, 3), (3, 1, 2, 4), (1, 2, 2, 4)))
+    assert ranked(3.1, 3, 2, 4)  # an unlucky floor is not that of most splits
+    assert not any(ranked(*d) for d in ((2, 1, 3, 4), (1, 2, 4, 3), (1, 2, 4, 4)))
+    assert not ranked(1, 2, 3, 4, split=(2.5, 2)) and not ranked(1, 2, 3, 4, split=(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*without full rank")
+def test_floors_are_those_of_the_table_split_by_split(music, tmp_path):
+    real, ear = read_pieces(music / "real", CFG)[0], load_embedding("logmel")
+    made = clips_of(read_pieces(music / "made", CFG)[0], CFG)
+    found = floors(real, made, CFG, ear, count=3, seed=5, cache=tmp_path / "kept")
+    assert found == floors(real, made, CFG, ear, count=3, seed=5, cache=tmp_path / "kept")
+    assert len(set(found["real"])) == len(set(found["model"])) == 3
+    for n in range(3):
+        reference, others = split_pieces(real, len(made), CFG, 5 + n)
+        table = distances({"real": clips_of(others, CFG), "model": made}, clips_of(reference, CFG), CFG, ear)
+        for row in table:
+            assert found[row][n] == pytest.approx(table[row]["frechet"], rel=1e-4)
+    far = floors(real, noise_like(made, torch.Generator().manual_seed(0)), CFG, ear, count=3)
+    assert farther(far) == 3 and min(far["model"]) > max(far["real"])
+    assert farther({"real": [1, 2, 3], "model": [2, 2, 2]}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*without full rank")
+def test_splits_that_cannot_be_are_left_out():
+    pieces = [piece(4, "A", 1), piece(4, "B", 2), piece(1, "C", 3)]
+    ear, made = load_embedding("logmel"), clips_of([piece(5, "made", 9)], CFG)
+    found = floors(pieces, made, CFG, ear, count=12)
+    assert 0 < len(found["real"]) == len(found["model"]) < 12  # where A and B are the others, C is too short
 
 
 # joins, drift, copies
@@ -304,7 +335,7 @@ def figures(path: Path) -> dict:
 def test_the_report_is_whole_and_the_same_twice(music, tmp_path, capsys):
     assert main(["evaluate", f"{music}/made", f"{music}/real", "--out", f"{tmp_path}/a.html", "--blocks", "30"]) == 0
     told = capsys.readouterr()
-    assert "Fréchet distance (logmel" in told.out
+    assert re.search(r"Fréchet distance \(logmel.*; farther off than other real music in \d+ of 20 splits", told.out)
     assert len(re.findall(r"^warning: .*without full rank", told.err, re.M)) == 1
     evaluate(music / "made", music / "real", tmp_path / "b.html", blocks=30)
     as_json = [figures(tmp_path / f"{name}.json") for name in "ab"]
@@ -312,8 +343,12 @@ def test_the_report_is_whole_and_the_same_twice(music, tmp_path, capsys):
         del results["seconds"]
     assert as_json[0] == as_json[1]
     assert as_json[0]["generated"]["blocks"] == 12 == as_json[0]["others"]["blocks"]
+    for name, split in as_json[0]["floors"].items():
+        assert {row: found[0] for row, found in split.items()} == pytest.approx(
+            {row: as_json[0]["distances"][name][row]["frechet"] for row in split}, rel=1e-4)
     page = (tmp_path / "a.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and "<audio" in page and page.count("data:image/png") >= 4
+    assert not re.search(r'(src|href)="(?!data:)', page) and "<audio" in page and page.count("data:image/png") == 5
+    assert "Over 20 random splits by title other real music lies at a median of" in page
     for row in ("real", "retrieved", "model: made", "shifted", "shuffled", "noise"):
         assert f"<td>{row}</td>" in page
     assert "residue" in as_json[0]["joins"]["strangers"] and "residue" not in as_json[0]["joins"]["model"]

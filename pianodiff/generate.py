@@ -4,7 +4,6 @@
 __all__ = ['SAMPLERS', 'MAX_SECONDS', 'Callback', 'find_model', 'Progress', 'Piano']
 
 # %% ../nbs/08_generate.ipynb #27dbd319
-import inspect
 import itertools
 import math
 import os
@@ -67,6 +66,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "heun": heun_sample, "euler": euler_sample, "dpmpp_2m": dpmpp_2m_sample,
     "euler_ancestral": euler_ancestral_sample, "dpmpp_3m_sde": dpmpp_3m_sde_sample,
 }
+_STOCHASTIC = ("euler_ancestral", "dpmpp_3m_sde")  # these draw noise on the way
 MAX_SECONDS = 86_400  # a day
 
 
@@ -91,7 +91,18 @@ class _Sampling(NamedTuple):
     guidance_interval: tuple[float, float]
     callback: Callback | None
 
+    def check(self) -> None:
+        """Raise ValueError, naming the remedy, for a setting that can't be used."""
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"there is no sampler {self.sampler!r}; choose of {', '.join(SAMPLERS)}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, not {self.guidance}; 1 is none")
+        low, high = self.guidance_interval
+        if not 0 <= low < high:
+            raise ValueError(f"guidance_interval must be noise levels low < high from 0, not {low} and {high}")
+        karras_sigmas(self.num_steps)  # checks the number
 
+# %% ../nbs/08_generate.ipynb #5c04f91d
 class _Start(NamedTuple):
     """What a generation goes on from."""
 
@@ -102,6 +113,40 @@ class _Start(NamedTuple):
     peak: float  # the prompt's, to which the new sound is scaled
 
 
+def _start(cfg: SpectrogramConfig, seed: int, prompt: Tensor | None, device: torch.device) -> _Start:
+    """Scale and cut the prompt `[T]` so that its frames end where it ends; without one, nothing is known."""
+    if prompt is None:
+        nothing = torch.zeros(cfg.n_bins, 0, device=device)
+        return _Start(seed, None, nothing[0], nothing, 1.0)
+    wave = torch.as_tensor(prompt, dtype=torch.float32)
+    if wave.ndim != 1:
+        raise ValueError(f"the prompt must be a wave [T], not of shape {list(wave.shape)}; average its channels")
+    if len(wave) < cfg.block_samples:
+        length = len(wave) / cfg.sample_rate
+        raise ValueError(f"the prompt lasts {length:.3f} s; give at least {cfg.block_seconds:.3f} s")
+    wave, peak = normalize_peak(wave)
+    known = 2 * cfg.n_fft // cfg.hop_length  # frames: two windows
+    frames = min(len(wave) // cfg.hop_length, cfg.n_frames + cfg.n_fft // cfg.hop_length)
+    wave = wave[-frames * cfg.hop_length :].to(device)
+    spec = to_spectrogram(wave, cfg)[:, -cfg.n_frames :]
+    whole = cfg.n_frames + 1 - cfg.n_fft // (2 * cfg.hop_length)  # the frames after it reach beyond the end
+    spec[:, whole:] = spec[:, whole - 1 : whole]
+    return _Start(seed, spec, wave[-known * cfg.hop_length :], spec[:, -known:], peak)
+
+# %% ../nbs/08_generate.ipynb #325589c0
+def _guided(denoise: Denoise, pair: Any, how: _Sampling) -> Denoise:
+    """The denoiser of Eq. (guidance); `pair` holds the null condition and the predecessor, encoded."""
+    low, high = how.guidance_interval
+
+    def guided(x: Tensor, sigma: Tensor, past: Any) -> Tensor:
+        if not low < sigma <= high:
+            return denoise(x, sigma, past)
+        null, conditional = denoise(x.expand(2, -1, -1, -1), sigma, pair).split(1)
+        return null + how.guidance * (conditional - null)
+
+    return guided
+
+# %% ../nbs/08_generate.ipynb #7fceb79b
 class Piano:
     """A trained model as one object: music from a seed, or from the end of other music.
 
@@ -184,76 +229,44 @@ class Piano:
             seed = secrets.randbelow(2**31)
         if seed != int(seed) or seed < 0:
             raise ValueError(f"seed must be a whole number from 0, not {seed}")
-        if how.sampler not in SAMPLERS:
-            raise ValueError(f"there is no sampler {how.sampler!r}; choose of {', '.join(SAMPLERS)}")
-        if not math.isfinite(how.guidance):
-            raise ValueError(f"guidance must be finite, not {how.guidance}; 1 is none")
-        low, high = how.guidance_interval
-        if not 0 <= low < high:
-            raise ValueError(f"guidance_interval must be noise levels low < high from 0, not {low} and {high}")
-        karras_sigmas(how.num_steps)  # checks the number
-        start = self._start(int(seed), prompt)
+        how.check()
+        start = _start(self.cfg, int(seed), prompt, self.device)
         num_blocks = None if total is None else math.ceil(total / self.cfg.block_samples)
         return start, self._blocks(num_blocks, start, how)
-
-    def _start(self, seed: int, prompt: Tensor | None) -> _Start:
-        """Scale and cut the prompt so that its frames end where it ends; without one, nothing is known."""
-        cfg = self.cfg
-        if prompt is None:
-            nothing = torch.zeros(cfg.n_bins, 0, device=self.device)
-            return _Start(seed, None, nothing[0], nothing, 1.0)
-        wave = torch.as_tensor(prompt, dtype=torch.float32)
-        if wave.ndim != 1:
-            raise ValueError(f"the prompt must be a wave [T], not of shape {list(wave.shape)}; average its channels")
-        if len(wave) < cfg.block_samples:
-            length = len(wave) / cfg.sample_rate
-            raise ValueError(f"the prompt lasts {length:.3f} s; give at least {cfg.block_seconds:.3f} s")
-        wave, peak = normalize_peak(wave)
-        known = 2 * cfg.n_fft // cfg.hop_length  # frames: two windows
-        frames = min(len(wave) // cfg.hop_length, cfg.n_frames + cfg.n_fft // cfg.hop_length)
-        wave = wave[-frames * cfg.hop_length :].to(self.device)
-        spec = to_spectrogram(wave, cfg)[:, -cfg.n_frames :]
-        whole = cfg.n_frames + 1 - cfg.n_fft // (2 * cfg.hop_length)  # the frames after it reach beyond the end
-        spec[:, whole:] = spec[:, whole - 1 : whole]
-        return _Start(seed, spec, wave[-known * cfg.hop_length :], spec[:, -known:], peak)
 
     @torch.inference_mode()
     def _blocks(self, num_blocks: int | None, start: _Start, how: _Sampling) -> Iterator[Tensor]:
         """Blocks `[n_bins, n_frames]` in [0, 1], each made from noise and the one before it."""
-        mean, scale = self.config["mean"], self.config["std"] / self.denoiser.sigma_data
-        sample, prev = SAMPLERS[how.sampler], start.prev
-        stochastic = "randn_like" in inspect.signature(sample).parameters
+        prev = start.prev
         for k in itertools.count() if num_blocks is None else range(num_blocks):
-            generator = _generator(start.seed, 0, k)
-            latents = torch.randn(1, 1, self.cfg.n_bins, self.cfg.n_frames, generator=generator).to(self.device)
-            denoise, past = self._conditional(None if prev is None else (prev[None, None] - mean) / scale, how)
-
-            def report(state: dict[str, Any], block: int = k) -> None:
-                if how.callback:
-                    how.callback(Progress(block, num_blocks, state["i"] + 1, how.num_steps))
-
-            def noise(x: Tensor, generator: torch.Generator = generator) -> Tensor:
-                return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-
-            drawn = {"randn_like": noise} if stochastic else {}
-            z = sample(denoise, latents, past, num_steps=how.num_steps, dtype=torch.float32, callback=report, **drawn)
-            prev = (mean + scale * z[0, 0]).clamp(0, 1)
+            prev = self._block(k, num_blocks, prev, start.seed, how)
             yield prev
 
+    def _block(self, k: int, num_blocks: int | None, prev: Tensor | None, seed: int, how: _Sampling) -> Tensor:
+        """Block k, after the block `prev`: Eq. (standardise) there and back."""
+        mean, scale = self.config["mean"], self.config["std"] / self.denoiser.sigma_data
+        generator = _generator(seed, 0, k)
+        latents = torch.randn(1, 1, self.cfg.n_bins, self.cfg.n_frames, generator=generator).to(self.device)
+        denoise, past = self._conditional(None if prev is None else (prev[None, None] - mean) / scale, how)
+
+        def report(state: dict[str, Any]) -> None:
+            if how.callback:
+                how.callback(Progress(k, num_blocks, state["i"] + 1, how.num_steps))
+
+        def noise(x: Tensor) -> Tensor:
+            return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+
+        drawn = {"randn_like": noise} if how.sampler in _STOCHASTIC else {}
+        z = SAMPLERS[how.sampler](denoise, latents, past, num_steps=how.num_steps, dtype=torch.float32,
+                                  callback=report, **drawn)
+        return (mean + scale * z[0, 0]).clamp(0, 1)
+
     def _conditional(self, prev: Tensor | None, how: _Sampling) -> tuple[Denoise, Past]:
-        """The denoiser of Eq. (guidance), and its condition: a standardised block `[1, 1, F, W]`, encoded once."""
+        """The denoiser of a block and its condition: a standardised predecessor `[1, 1, F, W]`, encoded once."""
         if prev is None or how.guidance == 1:
             return self.denoiser, self.net.encode(prev)
         pair = self.net.encode((torch.cat([torch.zeros_like(prev), prev]), torch.tensor([False, True])))
-        low, high = how.guidance_interval
-
-        def denoise(x: Tensor, sigma: Tensor, past: Any) -> Tensor:
-            if not low < sigma <= high:
-                return self.denoiser(x, sigma, past)
-            null, conditional = self.denoiser(x.expand(2, -1, -1, -1), sigma, pair).split(1)
-            return null + how.guidance * (conditional - null)
-
-        return denoise, Past(*(part[1:] for part in pair))
+        return _guided(self.denoiser, pair, how), Past(*(part[1:] for part in pair))
 
     def _pieces(self, total: int | None, start: _Start, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
         """The sound of the blocks, up to the last sample that was asked for."""

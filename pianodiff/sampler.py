@@ -165,7 +165,7 @@ def euler_ancestral_sample(denoise: Denoise, latents: Tensor, cond: Any = None, 
             callback({"i": i, "sigma": t_cur, "sigma_hat": t_cur, "x": x_cur, "denoised": denoised})
         t_up = eta * t_next / t_cur * (t_cur**2 - t_next**2).sqrt()
         t_down = (t_next**2 - t_up**2).sqrt()
-        x_next = t_down / t_cur * x_cur + (1 - t_down / t_cur) * denoised
+        x_next = torch.lerp(denoised, x_cur, t_down / t_cur)
         if eta > 0 and t_next > 0:
             x_next = x_next + t_up * S_noise * randn_like(x_next)
     return x_next.to(latents.dtype)
@@ -193,7 +193,7 @@ def dpmpp_3m_sde_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,
         if callback:
             callback({"i": i, "sigma": t_cur, "sigma_hat": t_cur, "x": x_cur, "denoised": denoised})
         w_0 = -torch.expm1(-(1 + eta) * h[i])
-        x_next = (1 - w_0) * x_cur + w_0 * denoised
+        x_next = torch.lerp(x_cur, denoised, w_0)
         if previous is not None and t_next > 0:
             w_1 = h[i] - w_0 / (1 + eta)
             slope = (denoised - previous) / h[i - 1]

@@ -270,6 +270,17 @@ def dsm_loss(sde: SDE, score: Score, x0: Tensor, t: Tensor, noise: Tensor) -> Te
     return (_checked(score, mean + std * noise, t) + noise / std).square().flatten(1).mean(1)
 
 # %% ../nbs/01_sde.ipynb #e031ede8
+def _probe_vectors(x: Tensor, probes: int | None, generator: torch.Generator | None) -> Tensor:
+    """Vectors `[V, B or 1, n]` whose sum of v v' is on average the identity, exactly where `probes` is None."""
+    if probes is None:
+        return torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)[:, None]
+    if not (probes >= 1 and probes % 1 == 0):
+        raise ValueError(f"probes must be a whole number of at least 1, or None for the exact trace, not {probes}")
+    device = generator.device if generator else x.device
+    signs = torch.randint(0, 2, (int(probes), len(x), x[0].numel()), generator=generator, device=device)
+    return (2 * signs - 1).to(x) / probes**0.5
+
+
 def log_likelihood(sde: SDE, score: Score, x: Tensor, *, probes: int | None = 1, num_steps: int = 100,
                    t_min: float = 1e-3, times: Tensor | Sequence[float] | None = None,
                    generator: torch.Generator | None = None) -> Tensor:
@@ -280,15 +291,8 @@ def log_likelihood(sde: SDE, score: Score, x: Tensor, *, probes: int | None = 1,
     times; `probes=None` takes the trace exactly, at one derivative a dimension. The score must be differentiable. Times
     are as in `ode_sample`, passed upwards. Raises ValueError as it does, and where `probes` is less than 1.
     """
-    if probes is not None and not (probes >= 1 and probes % 1 == 0):
-        raise ValueError(f"probes must be a whole number of at least 1, or None for the exact trace, not {probes}")
     velocity, times, n = sde.reverse(score, noise=0.0), _times(x, times, num_steps, t_min), x[0].numel()
-    if probes is None:
-        vectors = torch.eye(n, dtype=x.dtype, device=x.device)[:, None]
-    else:
-        device = generator.device if generator else x.device
-        signs = torch.randint(0, 2, (int(probes), len(x), n), generator=generator, device=device)
-        vectors = (2 * signs - 1).to(x) / probes**0.5
+    vectors = _probe_vectors(x, probes, generator)
 
     def rates(state: Tensor, t: Tensor) -> Tensor:
         """Velocity and divergence, `[B, n + 1]`."""

@@ -1,15 +1,20 @@
 """Piano: what a seed, a prompt, a length and a piece of a stream promise. The network is tiny and untrained."""
 
+import base64
 import gc
-import inspect
+import io
+import json
 import math
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from pianodiff import SAMPLER, generate
-from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_spectrogram
+from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, load_audio, save_audio, to_spectrogram
+from pianodiff.cli import main
 from pianodiff.data import example_performance
 from pianodiff.edm import karras_sigmas
 from pianodiff.generate import SAMPLERS, Piano, Progress, find_model
@@ -21,6 +26,7 @@ SHAPE = UNetConfig(n_bins=32, n_frames=32, patch=2, channels=(8, 16), blocks=(1,
 LARGE = replace(SHAPE, n_bins=256, n_frames=128, patch=8, context=16)  # for blocks of nano's size
 FEW = {"num_steps": 2}
 BLOCK = CFG.block_samples
+GALLERY = Path(__file__).resolve().parent.parent / "nbs" / "14_gallery.ipynb"
 
 
 def tiny_piano(cfg: SpectrogramConfig = CFG, shape: UNetConfig = SHAPE) -> Piano:
@@ -116,7 +122,7 @@ def test_guidance(piano, prompt, guidance, monkeypatch):
     monkeypatch.setattr(piano.denoiser, "forward", lambda x, s, c=None: batches.append(len(x)) or plain(x, s, c))
     made = piano.spectrogram(CFG.block_seconds, seed=2, prompt=prompt, sampler="euler", num_steps=1, guidance=guidance)
     assert batches == [1 if guidance == 1 else 2]  # one evaluation a step
-    prev = piano._start(2, prompt).prev
+    prev = generate._start(CFG, 2, prompt, piano.device).prev
     latents = torch.randn(1, 1, 32, 32, generator=generate._generator(2, 0, 0))
     x, cond = 80 * latents.double(), (prev - 0.4)[None, None] / 0.4
     null, conditional = plain(x, torch.tensor(80.0)), plain(x, torch.tensor(80.0), cond)
@@ -158,7 +164,6 @@ def test_every_sampler(piano, prompt, sampler, monkeypatch):
             return plain(denoise, latents, past, **how)
         return plain(denoise, latents, past, randn_like=lambda x: drawn.append(randn_like(x)) or drawn[-1], **how)
 
-    spy.__signature__ = inspect.signature(plain)
     monkeypatch.setitem(SAMPLERS, sampler, spy)
     torch.manual_seed(1)
     long = piano.spectrogram(3 * CFG.block_seconds, seed=4, **settings)
@@ -201,7 +206,7 @@ def test_prompt_frames_end_where_the_prompt_ends(piano):
     hop = CFG.hop_length
     for end in (8000, 8000 - 5):  # a whole number of hops, and not
         prompt = whole[:end]
-        start = piano._start(0, prompt)
+        start = generate._start(CFG, 0, prompt, piano.device)
         truth = to_spectrogram(whole[end % hop :] / prompt.abs().max(), CFG)[:, : end // hop]  # they see a future
         assert start.prev.shape == (CFG.n_bins, CFG.n_frames)
         torch.testing.assert_close(start.prev[:, :-1], truth[:, -CFG.n_frames : -1], atol=1e-4, rtol=0)
@@ -327,3 +332,44 @@ def test_memory_of_a_stream_does_not_grow(piano):
     for _ in range(20):
         next(stream)
     assert held() == before
+
+
+def gallery() -> dict[str, str]:
+    """{command: the player below it} of the gallery's cells, the program's name left out."""
+    found = {}
+    for cell in json.loads(GALLERY.read_text())["cells"]:
+        for command in re.findall(r'^listen\("pianodiff (.+)"\)$', "".join(cell["source"]), re.M):
+            found[command] = "".join(cell["outputs"][0]["data"]["text/html"]) if cell["outputs"] else ""
+    return found
+
+
+def test_the_gallery_is_unpicked():
+    seeds = [re.findall(r"--seed (\d+)", command) for command in gallery() if command.startswith("generate")]
+    assert seeds == [[str(seed)] for seed in range(9)]
+    assert [command for command in gallery() if command.startswith("continue")]
+
+
+@pytest.mark.parametrize("command", gallery())
+def test_a_command_of_the_gallery_is_the_librarys_call(command, tmp_path, monkeypatch):
+    """In fewer steps, and shorter: `listen` in the gallery plays the file that the command writes."""
+    monkeypatch.chdir(tmp_path)
+    save_audio("minuet.wav", 0.3 * example_performance(4.1, seed=0))
+    words = re.sub(r"--seconds \S+", "--seconds 2.1 --steps 2", command).split()
+    assert main(words) == 0
+    options = {flag: value for flag, value in zip(words, words[1:], strict=False) if flag.startswith("--")}
+    prompt = load_audio(words[1]) if words[0] == "continue" else torch.zeros(0)
+    made = Piano.from_pretrained("nano").stream(2.1, seed=int(options["--seed"]), num_steps=2,
+                                                prompt=prompt if len(prompt) else None,
+                                                guidance=float(options.get("--guidance", 1)))
+    wave = torch.cat([prompt, *made]).clamp(-1, 1)
+    torch.testing.assert_close(load_audio(options["--out"]), wave, atol=2**-14, rtol=0)
+
+
+@pytest.mark.parametrize("command", gallery())
+def test_the_gallery_plays_what_its_commands_make(command):
+    """The sound below a command has the length that the command asks for, and the command for a title."""
+    html = gallery()[command]
+    sound = load_audio(io.BytesIO(base64.b64decode(re.search(r"data:audio/flac;base64,([^\"]+)", html)[1])))
+    seconds = float(re.search(r"--seconds (\S+)", command)[1]) + (4.1 if command.startswith("continue") else 0)
+    assert len(sound) == round(8000 * seconds) and sound.abs().max() > 0.01
+    assert f"pianodiff {command}" in html

@@ -26,6 +26,7 @@ test: $(VENV)/.installed-dev
 # Nothing is executed: the chapters' outputs are committed, and `make chapters` renews them.
 book: $(VENV)/.installed-dev
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc _toc.yml --path-output book -W --keep-going -n -q
+	@touch book/_build/html/index.html
 	@echo "The book: book/_build/html/index.html"
 
 # Appends to bench/results.jsonl; the last script writes README's table from it. Each also runs alone.

@@ -85,6 +85,8 @@ def main(names: list[str]) -> None:
         notebook = nbformat.read(path, as_version=4)
         Client(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
         notebook.metadata.pop("widgets", None)   # a widget's state changes at every run
+        for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)   # died with the kernel
         nbformat.write(notebook, path)
         RECORD.write_text(json.dumps({**recorded(), path.stem: fingerprint(path)}, indent=1, sort_keys=True) + "\n")
         print(f"{path.name}: {time.perf_counter() - begin:.0f} s")

@@ -1,18 +1,22 @@
 """The book's own Sphinx extension: nbdev's notebooks as chapters, and the paper's equation numbers.
 
 A chapter is written for nbdev, whose directives (`#| export`) stand at the head of a cell. A reader of the book needs
-none of them: they are taken off, and those that say what to show become the tags by which MyST-NB shows it. The sources
-stay as they are.
+none of them: they are taken off, and those that say what to show become the tags by which MyST-NB shows it; pictures
+get words for those who can't see them. The sources stay as they are.
 """
 
 import itertools
 import re
+from configparser import ConfigParser
+from pathlib import Path
 from typing import Any
 
 import nbformat
 from sphinx.application import Sphinx
+from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 
+ROOT = Path(__file__).resolve().parent.parent
 TAGS = {
     ("hide", ""): "remove-cell",
     ("code-fold", "true"): "hide-input",
@@ -30,16 +34,56 @@ def split_directives(source: str) -> tuple[dict[str, str], str]:
     return directives, "\n".join(lines).strip("\n")
 
 
+def describe(section: str, code: str) -> str:
+    """The words for the pictures of a cell: its section, and the titles and labels that its code writes into them."""
+    words = re.findall(r"(?:title|label)\w*[=(]\s*f?[\"']([^\"']*[a-z][^\"'{}]*)[\"']", code)
+    return f"Picture: {section}" + (f" ({', '.join(dict.fromkeys(words))})" if words else "")
+
+
 def read_chapter(text: str) -> nbformat.NotebookNode:
     """MyST-NB's reader of .ipynb: directives become tags, and a cell of directives alone is not shown."""
-    notebook = nbformat.reads(text, as_version=4)
+    notebook, section = nbformat.reads(text, as_version=4), ""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             directives, cell.source = split_directives(cell.source)
             tags = [TAGS[item] for item in directives.items() if item in TAGS]
             tags += ["remove-cell"] if not cell.source else []
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), *tags]
+            cell.metadata["mystnb"] = {"image": {"alt": describe(section, cell.source)}}
+        else:
+            section = re.findall(r"^#+ (.+)$", f"# {section}\n{cell.source}", re.M)[-1]
     return notebook
+
+
+def repository() -> tuple[str, str]:
+    """Where the project lies, by settings.ini: its address and its branch."""
+    config = ConfigParser()
+    config.read(ROOT / "settings.ini")
+    known = config["DEFAULT"]
+    return f"https://github.com/{known['user']}/{known['repo']}", known["branch"]
+
+
+def install_cell() -> str:
+    """The second cell of every chapter, under its title: what a notebook opened in Colab needs."""
+    return f"""#| hide
+import importlib.util
+
+if importlib.util.find_spec("pianodiff") is None:  # in Colab
+    get_ipython().system("pip install -q git+{repository()[0]}")"""
+
+
+def offer_colab(app: Sphinx, config: Config) -> None:
+    """A button on each chapter opens its notebook there."""
+    address, branch = repository()
+    config.html_theme_options |= {"repository_url": address, "repository_branch": branch, "path_to_docs": "",
+                                  "launch_buttons": {"colab_url": "https://colab.research.google.com"}}
+
+
+def mend_lists(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Lists that are none, for a screen reader: Sphinx's of a long signature's parameters, docutils' of citations."""
+    body = re.sub(r'<dl>\s*(<dd><em class="sig-param">.*?)</dl>', lambda match: "<div>" + re.sub(
+        r"<(/?)dd>", r"<\1div>", match[1]) + "</div>", context.get("body", ""), flags=re.S)
+    context["body"] = body.replace('<div role="list" class="citation-list">', '<div class="citation-list">')
 
 
 def number_equations(app: Sphinx, env: BuildEnvironment) -> list[str]:
@@ -53,5 +97,7 @@ def number_equations(app: Sphinx, env: BuildEnvironment) -> list[str]:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("config-inited", offer_colab)
+    app.connect("html-page-context", mend_lists)
     app.connect("env-get-updated", number_equations, priority=900)   # after Sphinx has numbered them
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -60,6 +60,8 @@ CONTRACT = {
     "audio.to_magnitude": "spec cfg",
     "audio.to_wave": "spec cfg * n_iter",
     "audio.griffin_lim": "magnitude cfg * n_iter momentum generator",
+    "audio.to_flac": "wave sample_rate",
+    "audio.whole_file": "path",
     "data.prepare": "source store cfg * splits jobs",
     "data.BlockDataset": "store split * random_offset",
     "data.example_performance": "seconds seed",
@@ -76,6 +78,9 @@ CONTRACT = {
     "generate.Piano.stream": "seconds * seed prompt sampler num_steps guidance guidance_interval callback",
     "generate.Piano.spectrogram": "seconds * seed prompt sampler num_steps guidance guidance_interval callback",
     "generate.Piano.save_pretrained": "folder",
+    "show.player": "wave sample_rate * title",
+    "show.slider": "frames cfg * label",
+    "show.studio": "piano",
 }
 DEFAULTS = {
     "sde.VPSDE": {"beta_min": 0.1, "beta_max": 20.0},
@@ -156,6 +161,40 @@ def test_notebooks_are_clean(copy: Path):
 def test_outputs_are_as_new_as_the_code(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(ROOT / "book")
     assert importlib.import_module("execute").stale() == [], "run make chapters"
+
+
+WITH_EXERCISES = [path for path in CHAPTERS if path.stem[:2] < "13"]    # then solutions, gallery, GPU
+
+
+@pytest.mark.parametrize("chapter", WITH_EXERCISES, ids=lambda path: path.stem)
+def test_a_chapter_ends_with_what_was_learnt_and_exercises(chapter: Path):
+    cells = nbformat.read(chapter, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert re.findall(r"^## .+$", prose, re.M)[-2:] == ["## What was learnt", "## Exercises"]
+    _, exercises = prose.split("## Exercises")
+    assert len(re.findall(r"^\d\. ", exercises, re.M)) >= 3
+    assert exercises.rstrip().endswith("[](13_solutions.ipynb).")
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_a_cell_can_be_taken_in_at_a_glance(chapter: Path):
+    """Ten lines or fewer, but for what is exported and for imports. And all figures have one look."""
+    code = [cell.source for cell in nbformat.read(chapter, as_version=4).cells if cell.cell_type == "code"]
+    for source in code:
+        lines = [line for line in source.splitlines() if line and not line.startswith(("#|", "import ", "from "))]
+        assert "#| export" in source or len(lines) <= 10, source
+    if "matplotlib.pyplot" in "".join(code):
+        assert 'plt.style.use("pianodiff.book")' in "\n".join(code)
+
+
+def test_every_exercise_has_its_solution():
+    cells = nbformat.read(ROOT / "nbs" / "13_solutions.ipynb", as_version=4).cells
+    solved = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for chapter in WITH_EXERCISES:
+        exercises = chapter.read_text().split("## Exercises")[1]
+        asked = len(re.findall(r'^ *"\d\. ', exercises, re.M))
+        _, found, rest = solved.partition(f"({chapter.name})")
+        assert found and len(re.findall(r"^### ", re.split(r"^## ", rest, flags=re.M)[0], re.M)) == asked, chapter.name
 
 
 def test_ruff_passes():

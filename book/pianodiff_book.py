@@ -43,6 +43,7 @@ def describe(section: str, code: str) -> str:
 def read_chapter(text: str) -> nbformat.NotebookNode:
     """MyST-NB's reader of .ipynb: directives become tags, and a cell of directives alone is not shown."""
     notebook, section = nbformat.reads(text, as_version=4), ""
+    notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}    # `!` and `%` are no errors
     for cell in notebook.cells:
         if cell.cell_type == "code":
             directives, cell.source = split_directives(cell.source)

@@ -131,7 +131,8 @@ def strangers(opened: Visit) -> list[str]:
 
 def directives(opened: Visit) -> list[str]:
     """nbdev's directives where the reader sees them."""
-    return re.findall(r"^\s*#\s*\|.*$", opened.page.evaluate("document.body.textContent"), re.M)
+    text = opened.page.evaluate("document.body.textContent")
+    return re.findall(r"(?<!#)# ?\| *[a-z].*", text)    # a progress bar has digits after it
 
 
 def endless(opened: Visit) -> list[str]:
@@ -231,7 +232,7 @@ def barriers(opened: Visit) -> list[str]:
 def wordless(opened: Visit) -> list[str]:
     """Pictures whose alternative text is a file's name."""
     texts = opened.page.evaluate("[...document.querySelectorAll('main img')].map(image => image.alt)")
-    return [text for text in texts if re.search(r"[./]\w+$", text.strip())]
+    return [text for text in texts if re.fullmatch(r"\S+\.\w+", text.strip())]
 
 
 def sideways(opened: Visit) -> list[str]:

@@ -97,10 +97,7 @@ def parts(config: dict[str, Any], report: dict[str, Any]) -> dict[Path, str]:
     blocks, hours = seen(training)
     age = f"It has seen {blocks:,} blocks in {hours:.1f} hours of training on one core of a shared CPU.\n"
     measured = f"{distances(report)}\n{music(report)}"
-    took = report["seconds"]
-    seconds = (f"\nMaking its {report['generated']['pieces']} pieces took {took['making']:.0f} s on two cores, "
-               f"evaluating them {took['evaluating']:.0f} s.\n")
-    return {ROOT / "README.md": f"{age}\n{measured}{seconds}",
+    return {ROOT / "README.md": f"{age}\n{measured}",
             MODEL / "README.md": f"{age}\n{losses(training)}\n{measured}",
             ROOT / "book" / "related.md": cost(training)}
 

@@ -132,7 +132,8 @@ def strangers(opened: Visit) -> list[str]:
 def directives(opened: Visit) -> list[str]:
     """nbdev's directives where the reader sees them."""
     text = opened.page.evaluate("document.body.textContent")
-    return re.findall(r"(?<!#)# ?\| *[a-z].*", text)    # a progress bar has digits after it
+    names = "default_exp|export|hide|eval|code-fold|echo|output|slow|gpu"
+    return re.findall(rf"# ?\| *(?:{names}).*", text)
 
 
 def endless(opened: Visit) -> list[str]:

@@ -4,6 +4,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import nbformat
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")      # pictures are drawn, not shown
@@ -39,3 +40,9 @@ def resolve(name: str) -> object:
     for attribute in attributes:
         found = getattr(found, attribute)
     return found
+
+
+def prose(chapter: Path) -> str:
+    """The text of a chapter, without its code."""
+    cells = nbformat.read(chapter, as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")

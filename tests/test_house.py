@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import resolve
+from conftest import prose, resolve
 
 import pianodiff
 
@@ -168,10 +168,9 @@ WITH_EXERCISES = [path for path in CHAPTERS if path.stem[:2] < "13"]    # then s
 
 @pytest.mark.parametrize("chapter", WITH_EXERCISES, ids=lambda path: path.stem)
 def test_a_chapter_ends_with_what_was_learnt_and_exercises(chapter: Path):
-    cells = nbformat.read(chapter, as_version=4).cells
-    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    assert re.findall(r"^## .+$", prose, re.M)[-2:] == ["## What was learnt", "## Exercises"]
-    _, exercises = prose.split("## Exercises")
+    text = prose(chapter)
+    assert re.findall(r"^## .+$", text, re.M)[-2:] == ["## What was learnt", "## Exercises"]
+    _, exercises = text.split("## Exercises")
     assert len(re.findall(r"^\d\. ", exercises, re.M)) >= 3
     assert exercises.rstrip().endswith("[](13_solutions.ipynb).")
 
@@ -188,11 +187,9 @@ def test_a_cell_can_be_taken_in_at_a_glance(chapter: Path):
 
 
 def test_every_exercise_has_its_solution():
-    cells = nbformat.read(ROOT / "nbs" / "13_solutions.ipynb", as_version=4).cells
-    solved = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    solved = prose(ROOT / "nbs" / "13_solutions.ipynb")
     for chapter in WITH_EXERCISES:
-        exercises = chapter.read_text().split("## Exercises")[1]
-        asked = len(re.findall(r'^ *"\d\. ', exercises, re.M))
+        asked = len(re.findall(r"^\d\. ", prose(chapter).split("## Exercises")[1], re.M))
         _, found, rest = solved.partition(f"({chapter.name})")
         assert found and len(re.findall(r"^### ", re.split(r"^## ", rest, flags=re.M)[0], re.M)) == asked, chapter.name
 

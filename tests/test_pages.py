@@ -5,10 +5,9 @@ import shlex
 from functools import cache
 from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
-from conftest import resolve
+from conftest import prose, resolve
 
 from pianodiff.cli import main
 
@@ -16,11 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted((ROOT / "book").glob("*.md")), *sorted((ROOT / "nbs").glob("*.md"))]
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 LABELS = [f"eq-{n}" for n in range(1, 38)] + [f"fig-{n}" for n in range(1, 11)]
-
-
-def prose(chapter: Path) -> str:
-    cells = nbformat.read(chapter, as_version=4).cells
-    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
 
 
 def labels(text: str) -> list[str]:

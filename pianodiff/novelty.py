@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .audio import SpectrogramConfig, write_whole
-from .data import Store, open_store
+from .data import Store, ahead, open_store
 from .distance import LogMel
 
 # %% ../nbs/09c_novelty.ipynb #f6d906ac
@@ -362,15 +362,20 @@ class Corpus:
         """Distances and frames, both `[Q, m]`, of candidates placed to the frame; each recording is read once."""
         cfg, step, group = self.store.cfg, _step(self.store.cfg), zarr.open_group(self.store.url, mode="r")
         cosine, frame = torch.empty(which.shape, device=which.device), frame.clone()
-        for r in range(len(self.recordings)):
-            q, j = (which == r).nonzero(as_tuple=True)
-            if len(q):
-                low = max(0, int(frame[q, j].min()) - step)
-                high = int(frame[q, j].max()) + cfg.n_frames + step
-                codes = torch.from_numpy(_array(group, self.recordings[r]["id"])[low:high]).to(which.device)
-                cosine[q, j], placed = _place(codes, frame[q, j] - low, fine[q, shift[q, j]], weights, step)
-                frame[q, j] = placed + low
+        found = [(r, *(which == r).nonzero(as_tuple=True)) for r in which.unique().tolist()]
+
+        def read(candidates: tuple[int, Tensor, Tensor]) -> tuple[int, Tensor]:
+            """The frames of a recording that may hold its candidates, and the number of the first."""
+            r, q, j = candidates
+            low = max(0, int(frame[q, j].min()) - step)
+            high = int(frame[q, j].max()) + cfg.n_frames + step
+            return low, torch.from_numpy(_array(group, self.recordings[r]["id"])[low:high]).to(which.device)
+
+        for (_, q, j), (low, codes) in zip(found, ahead(read, found, 2), strict=True):
+            cosine[q, j], placed = _place(codes, frame[q, j] - low, fine[q, shift[q, j]], weights, step)
+            frame[q, j] = placed + low
             bar.update()
+        bar.update(len(self.recordings) - len(found))
         return (2 - 2 * cosine).clamp(min=0).sqrt(), frame
 
     def _stretches(self, width: int) -> tuple[list[int], list[tuple[int, int]], list[int]]:

@@ -58,7 +58,8 @@ def load_audio(path: str | os.PathLike[str] | io.BytesIO, sample_rate: int = 800
                          "give a WAV, FLAC, OGG, MP3 or AIFF file") from error
     if len(samples) < frames:
         raise ValueError(f"{name} is truncated: {len(samples):,} of {frames:,} samples; copy or record it again")
-    wave = torch.from_numpy(soxr.resample(samples.mean(axis=1), rate, sample_rate))
+    mono = torch.from_numpy(samples).mean(1).numpy()  # several times as fast as NumPy's along so short an axis
+    wave = torch.from_numpy(soxr.resample(mono, rate, sample_rate))
     if not len(wave):
         raise ValueError(f"{name} holds no sound (it is empty or cut off); give a longer one")
     _check_finite(wave, name)

@@ -366,6 +366,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'pianodiff.show._check_spectrogram': ('show.html#_check_spectrogram', 'pianodiff/show.py'),
                                 'pianodiff.show._figure': ('show.html#_figure', 'pianodiff/show.py'),
                                 'pianodiff.show._picture': ('show.html#_picture', 'pianodiff/show.py'),
+                                'pianodiff.show._sound': ('show.html#_sound', 'pianodiff/show.py'),
                                 'pianodiff.show._spectrogram_of': ('show.html#_spectrogram_of', 'pianodiff/show.py'),
                                 'pianodiff.show._ticks': ('show.html#_ticks', 'pianodiff/show.py'),
                                 'pianodiff.show.player': ('show.html#player', 'pianodiff/show.py'),

@@ -34,7 +34,7 @@ def plot_spectrogram(spec: Tensor, cfg: SpectrogramConfig, ax: "Axes | None" = N
     if ax is None:
         import matplotlib.pyplot as plt  # here, since importing it takes a while
 
-        ax = plt.subplots(figsize=(9, 3.5), layout="constrained")[1]
+        ax = plt.subplots(figsize=(7.5, 3), layout="constrained")[1]
     column, row = cfg.hop_length / cfg.sample_rate, cfg.sample_rate / cfg.n_fft
     extent = (-column / 2, (spec.shape[1] - 0.5) * column, -row / 2, (cfg.n_bins - 0.5) * row)
     image = ax.imshow((spec.detach().cpu().numpy() - 1) * cfg.top_db, cmap="magma", vmin=-cfg.top_db, vmax=0,
@@ -145,9 +145,14 @@ customElements.get("piano-head") || customElements.define("piano-head", class ex
 </script>"""
 
 # %% ../nbs/11_show.ipynb #232b6755
+def _sound(wave: Tensor, sample_rate: int) -> str:
+    """The FLAC file of `wave` `[T]` as a data URI."""
+    return "data:audio/flac;base64," + base64.b64encode(to_flac(wave, sample_rate)).decode()
+
+
 def _figure(wave: Tensor, sample_rate: int, title: str | None, spec: Tensor | None = None) -> str:
     """A player without its style and script, under `spec` or the wave's own spectrogram."""
-    sound = base64.b64encode(to_flac(wave, sample_rate)).decode()
+    sound = _sound(wave, sample_rate)
     wave = torch.as_tensor(wave).detach().cpu().float()
     spec = _spectrogram_of(wave, sample_rate) if spec is None else spec
     seconds, top = len(wave) / sample_rate, sample_rate / 2000
@@ -159,7 +164,7 @@ def _figure(wave: Tensor, sample_rate: int, title: str | None, spec: Tensor | No
     return (f'<figure class="piano" data-lm-suppress-shortcuts="true">{caption}'  # keys are the player's, not Jupyter's
             f'<img class="dark-light" alt="{name}" src="{_picture(spec)}">'  # the theme dims other pictures in the dark
             f'<span aria-hidden="true">{"".join(rows)}</span><span aria-hidden="true">{"".join(columns)}</span>'
-            f'<audio controls src="data:audio/flac;base64,{sound}"></audio>'
+            f'<audio controls src="{sound}"></audio>'
             f'<piano-head seconds="{seconds:.6g}"></piano-head></figure>')
 
 
@@ -176,6 +181,7 @@ def player(wave: Tensor, sample_rate: int = 8000, *, title: str | None = None) -
 # %% ../nbs/11_show.ipynb #d8f06038
 _SLIDER = """<style>
 .piano-slider :is(label, input) { display: block; width: 100%; max-width: 45rem; margin: 0 0 .5rem; padding: 0 }
+.piano-slider:not(:has(piano-slider:defined)) label { display: none }
 </style><script>
 customElements.get("piano-slider") || customElements.define("piano-slider", class extends HTMLElement {
   connectedCallback() {
@@ -280,9 +286,9 @@ class Studio:
         new = self.piano.generate(self.seconds.value, seed=seed, prompt=sounds[0] if sounds else None,
                                   sampler=self.sampler.value, num_steps=self.steps.value,
                                   guidance=self.guidance.value, callback=self._report)
-        shown, name = player(torch.cat([*sounds, new]), rate, title=f"seed {seed}"), f"piano-{seed}.flac"
-        sound = shown.data.partition('audio controls src="')[2].partition('"')[0]
-        return f'{shown.data}<p><a download="{name}" href="{sound}">Download {name}</a></p>'
+        wave, name = torch.cat([*sounds, new]), f"piano-{seed}.flac"
+        link = f'<p><a download="{name}" href="{_sound(wave, rate)}">Download {name}</a></p>'
+        return player(wave, rate, title=f"seed {seed}").data + link
 
     def _report(self, progress: Any) -> None:
         if self.stop.is_set():

@@ -364,6 +364,10 @@ def test_in_a_browser(tmp_path):
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto((tmp_path / "page.html").as_uri())
         log = page.evaluate(DRIVE)
+        plain = browser.new_context(java_script_enabled=False).new_page()
+        plain.goto((tmp_path / "page.html").as_uri())
+        controls = [each.locator("label").is_visible() for each in (page, plain)]
+        figures = plain.locator(".piano-slider figure:visible").count()
         browser.close()
     assert said == []
     assert log == [
@@ -373,3 +377,4 @@ def test_in_a_browser(tmp_path):
         "ArrowRight true 30", "ArrowUp true 35", "ArrowLeft true 30", "End true 100", "Home true 0", "x false 0",
         "plays true true true", "alone true true", "paused true",
         "x-- 0 < 3", "--x 2 < 3 0.5", "-x- true true 0.5", "0"]
+    assert controls == [True, False] and figures == 3  # without scripts all players, and no control that does nothing

@@ -67,14 +67,19 @@ def stale() -> list[str]:
     return [path.stem for path in chapters() if recorded().get(path.stem) != fingerprint(path)]
 
 
+def skipped(source: str) -> bool:
+    """Whether nbdev_test leaves out a code cell."""
+    config = ConfigParser()
+    config.read(ROOT / "settings.ini")
+    directives, _ = split_directives(source)
+    return directives.get("eval") == "false" or bool(directives.keys() & set(config["DEFAULT"]["tst_flags"].split()))
+
+
 class Client(NotebookClient):
     """Executes what nbdev_test would."""
 
     async def async_execute_cell(self, cell: Any, *args: Any, **kwargs: Any) -> Any:
-        config = ConfigParser()
-        config.read(ROOT / "settings.ini")
-        directives, _ = split_directives(cell.source) if cell.cell_type == "code" else ({}, "")
-        if directives.get("eval") == "false" or directives.keys() & set(config["DEFAULT"]["tst_flags"].split()):
+        if cell.cell_type == "code" and skipped(cell.source):
             return cell
         return await super().async_execute_cell(cell, *args, **kwargs)
 

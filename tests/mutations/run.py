@@ -19,6 +19,9 @@ from typing import NamedTuple
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "book"))
+from execute import skipped  # noqa: E402
+
 SECONDS = 900  # for one chapter
 
 
@@ -100,7 +103,7 @@ def cells_of(chapter: str) -> list[tuple[int, str]]:
     """A chapter's code cells, with their numbers among all cells; those that nbdev_test runs."""
     cells = nbformat.read(ROOT / "nbs" / f"{chapter}.ipynb", as_version=4).cells
     return [(i, cell.source) for i, cell in enumerate(cells)
-            if cell.cell_type == "code" and not re.search(r"^#\| ?(eval: ?false|slow|gpu)\b", cell.source, re.M)]
+            if cell.cell_type == "code" and not skipped(cell.source)]
 
 
 def replaced(texts: list[str], mutation: Mutation) -> list[str]:

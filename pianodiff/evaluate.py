@@ -37,7 +37,7 @@ import torch
 from matplotlib import colormaps, image, style
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -404,16 +404,16 @@ def _by_decades(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _axes(rows: int = 1, columns: int = 1, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+def _axes(rows: int = 1, columns: int = 1, height: float = 2.6) -> tuple[Figure, np.ndarray]:
     """A figure of the book's width, `height` inches high, and its axes `[rows, columns]`."""
-    figure = Figure(figsize=(9, height))
+    figure = Figure(figsize=(7.5, height))
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 @_in_style
 def plot_distances(tables: dict[str, dict[str, dict[str, Any]]]) -> Figure:
     """Extrapolated Fréchet distance of each row with its interval, for each embedding."""
-    figure, axes = _axes(len(tables), height=0.8 + 1.7 * len(tables))
+    figure, axes = _axes(len(tables), height=0.7 + 1.5 * len(tables))
     for ax, (name, table) in zip(axes[:, 0], tables.items(), strict=True):
         for y, row in enumerate(table.values()):
             ax.plot(row["frechet_interval"], [y, y], "C0")
@@ -452,7 +452,7 @@ def compare_statistics(values: dict[str, dict[str, Tensor]], reference: dict[str
 def plot_statistics(values: dict[str, dict[str, Tensor]], reference: dict[str, Tensor]) -> Figure:
     """Each statistic's distribution: the reference in grey, some rows as lines."""
     rows = math.ceil(len(STATISTICS) / 3)
-    figure, axes = _axes(rows, 3, height=2.2 * rows)
+    figure, axes = _axes(rows, 3, height=1.9 * rows)
     for ax, name in zip(axes.flat, STATISTICS, strict=False):
         known = reference[name][reference[name].isfinite()]
         low, high = known.quantile(torch.tensor([0.005, 0.995])).tolist()
@@ -463,6 +463,7 @@ def plot_statistics(values: dict[str, dict[str, Tensor]], reference: dict[str, T
             found = values[row][name][values[row][name].isfinite()].numpy().clip(bins[0], bins[-1])
             ax.hist(found, bins, weights=np.full(len(found), 1 / max(len(found), 1)), histtype="step", label=row)
         ax.set(xlabel=name.replace("_", " "), yticks=[])
+        ax.xaxis.set_major_locator(MaxNLocator(4))
     for ax in axes.flat[len(STATISTICS) :]:
         ax.axis("off")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=4, loc="outside lower center")
@@ -526,7 +527,7 @@ def _far_apart(count: int) -> list[int]:
 @_in_style
 def plot_seams(table: dict[str, dict[str, dict[str, float]]]) -> Figure:
     """For each of the JOIN_MEASURES the probability that a join shows more than a middle, of each set of pieces."""
-    figure, axes = _axes(1, len(JOIN_MEASURES), height=2.5)
+    figure, axes = _axes(1, len(JOIN_MEASURES), height=2.3)
     for ax, name in zip(axes[0], JOIN_MEASURES, strict=True):
         for y, found in ((y, row[name]) for y, row in enumerate(table.values()) if name in row):
             ax.plot([found["low"], found["high"]], [y, y], "C0")
@@ -641,7 +642,7 @@ def plot_training(run: str | os.PathLike, most: int = 4) -> Figure:
     images, losses = training_curves(path)
     found = sorted((path.parent / "samples").glob("*.png"), key=lambda picture: int(picture.stem))
     chosen = [found[i] for i in sorted({round(i) for i in np.linspace(0, len(found) - 1, min(most, len(found)))})]
-    figure, axes = _axes(1 + len(chosen), height=3.5 + 3.2 * len(chosen))
+    figure, axes = _axes(1 + len(chosen), height=3 + 2.8 * len(chosen))
     colours = colormaps["magma"](np.linspace(0.1, 0.85, len(losses)))  # the larger the noise, the brighter
     for (sigma, loss), colour in zip(losses.items(), colours, strict=True):
         axes[0, 0].plot(images, loss, "o-", ms=3, color=colour, label=rf"$\sigma$ = {sigma}")

@@ -6,14 +6,15 @@ from typing import Any
 
 from common import Record, append, compare, devices, seconds
 
-from pianodiff import NUM_STEPS, SAMPLER
+from pianodiff import GUIDANCE, NUM_STEPS, SAMPLER
 from pianodiff.generate import Piano
 
 
 def settings() -> dict[str, dict[str, Any]]:
-    """The default of `generate`, and the paper's setting: 79 evaluations a block by Heun's method."""
-    found = [{"sampler": SAMPLER, "num_steps": NUM_STEPS}, {"sampler": "heun", "num_steps": 40}]
-    return {"{sampler}, {num_steps} steps".format_map(setting): setting for setting in found}
+    """The default of `generate`, and the paper's setting: 79 evaluations a block by Heun's method, unguided."""
+    found = [{"sampler": SAMPLER, "num_steps": NUM_STEPS, "guidance": GUIDANCE},
+             {"sampler": "heun", "num_steps": 40, "guidance": 1.0}]
+    return {"{sampler}, {num_steps} steps, guidance {guidance:g}".format_map(setting): setting for setting in found}
 
 
 def real_time(piano: Piano, *, length: float = 6.144, runs: int = 5) -> Record:

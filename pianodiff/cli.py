@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from . import NUM_STEPS, SAMPLER
+from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,7 +161,7 @@ class Sampling:
         model: a shipped name, a model's folder, or a Hub id (user/repo)
         steps: sampling steps a block: fewer are faster, more are finer
         sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
-        guidance: above 1, each block follows its predecessor more closely than the model would by itself
+        guidance: above 1, each block follows its predecessor more closely than the model would by itself; 1 is none
         guidance_interval: the noise levels between which guidance is applied
         image: also draw the spectrogram, of the first minute, into this PNG file
         play: also play the music while it is made
@@ -172,8 +172,8 @@ class Sampling:
     model: str = "nano"
     steps: int = NUM_STEPS
     sampler: str = SAMPLER
-    guidance: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, float("inf"))
+    guidance: float = GUIDANCE
+    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL
     image: Path | None = None
     play: bool = False
 

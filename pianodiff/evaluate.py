@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from . import NUM_STEPS, SAMPLER
+from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 from .audio import SpectrogramConfig, normalize_peak, to_flac, to_spectrogram, to_wave, write_whole
 from .data import MIDI_ENDINGS, Recording, ahead, find_recordings, find_soundfont, open_store, read_recording
 from pianodiff.distance import (
@@ -243,6 +243,8 @@ def make_pieces(
     seconds: float = 61.44,
     steps: int = NUM_STEPS,
     sampler: str = SAMPLER,
+    guidance: float = GUIDANCE,
+    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
     seed: int = 0,
 ) -> list[Piece]:
     """What a model makes of the seeds from `seed` on: the whole blocks of each piece's `seconds`.
@@ -255,13 +257,15 @@ def make_pieces(
     blocks = round(seconds * piano.cfg.sample_rate) // piano.cfg.block_samples if 0 < seconds < math.inf else 0
     if not blocks or pieces < 1:
         raise ValueError(f"{pieces} pieces of {seconds} s hold no block; give {piano.cfg.block_seconds} s or more")
-    piano.stream(seconds, seed=seed, sampler=sampler, num_steps=steps)  # checks the settings, and makes nothing yet
+    how: dict[str, Any] = {"sampler": sampler, "num_steps": steps, "guidance": guidance,
+                           "guidance_interval": guidance_interval}
+    piano.stream(seconds, seed=seed, **how)  # checks the settings, and makes nothing yet
     home.mkdir(parents=True, exist_ok=True)
     with _blocks_bar(pieces * blocks, folder.name) as report:
 
         def make(i: int) -> Piece:
-            path = home / f"{_key(folder, blocks, sampler, steps, i)}.safetensors"
-            found = _made_or_kept(piano, path, blocks, report, seed=i, sampler=sampler, num_steps=steps)
+            path = home / f"{_key(folder, blocks, *how.values(), i)}.safetensors"
+            found = _made_or_kept(piano, path, blocks, report, seed=i, **how)
             return Piece(f"seed {i}", f"seed {i}", found["wave"], found["spec"])
 
         return list(_in_order(make, range(seed, seed + pieces)))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import NUM_STEPS, SAMPLER
+from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 from .audio import SpectrogramConfig, normalize_peak, stream_wave, to_spectrogram, to_wave
 from .edm import Denoiser, karras_sigmas
 from pianodiff.sampler import (
@@ -180,8 +180,8 @@ class Piano:
         save_model(folder, self.net, self.config)
 
     def spectrogram(self, seconds: float, *, seed: int | None = None, prompt: Tensor | None = None,
-                    sampler: str = SAMPLER, num_steps: int = NUM_STEPS, guidance: float = 1.0,
-                    guidance_interval: tuple[float, float] = (0.0, math.inf),
+                    sampler: str = SAMPLER, num_steps: int = NUM_STEPS, guidance: float = GUIDANCE,
+                    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
                     callback: Callback | None = None) -> Tensor:
         """The spectrogram `[n_bins, frames]` in [0, 1] of `seconds` of new music; the last hop may be a part of one."""
         total, how = self._samples(seconds), _Sampling(sampler, num_steps, guidance, guidance_interval, callback)
@@ -189,8 +189,9 @@ class Piano:
         return torch.cat(list(blocks), dim=1)[:, : math.ceil(total / self.cfg.hop_length)].cpu()
 
     def generate(self, seconds: float, *, seed: int | None = None, prompt: Tensor | None = None,
-                 sampler: str = SAMPLER, num_steps: int = NUM_STEPS, guidance: float = 1.0,
-                 guidance_interval: tuple[float, float] = (0.0, math.inf), callback: Callback | None = None) -> Tensor:
+                 sampler: str = SAMPLER, num_steps: int = NUM_STEPS, guidance: float = GUIDANCE,
+                 guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
+                 callback: Callback | None = None) -> Tensor:
         """`seconds` of new music `[T]`, T = round(seconds * sample_rate); after a prompt the new sound alone.
 
         The blocks are joined and inverted as one spectrogram (section III-E). Phase retrieval starts from the prompt's
@@ -203,8 +204,8 @@ class Piano:
         return start.peak * wave[:total].cpu()
 
     def stream(self, seconds: float | None = None, *, seed: int | None = None, prompt: Tensor | None = None,
-               sampler: str = SAMPLER, num_steps: int = NUM_STEPS, guidance: float = 1.0,
-               guidance_interval: tuple[float, float] = (0.0, math.inf),
+               sampler: str = SAMPLER, num_steps: int = NUM_STEPS, guidance: float = GUIDANCE,
+               guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
                callback: Callback | None = None) -> Iterator[Tensor]:
         """The same music in playable pieces `[t]`, each as soon as its block is made; without `seconds` it never ends.
 

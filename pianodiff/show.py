@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import NUM_STEPS, SAMPLER
+from . import GUIDANCE, NUM_STEPS, SAMPLER
 from .audio import SpectrogramConfig, load_audio, to_flac, to_spectrogram
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class Studio:
         self.seconds = w.BoundedFloatText(8.0, min=0.1, max=600.0, description="seconds")
         self.steps = w.IntSlider(NUM_STEPS, min=1, max=60, description="steps")
         self.sampler = w.Dropdown(options=_SAMPLERS, value=SAMPLER, description="sampler")
-        self.guidance = w.FloatSlider(1.0, min=0.0, max=4.0, step=0.1, description="guidance")
+        self.guidance = w.FloatSlider(GUIDANCE, min=0.0, max=4.0, step=0.1, description="guidance")
         self.prompt = w.FileUpload(accept="audio/*", description="go on from a file", layout={"width": "auto"})
         self.forget = w.Button(description="from nothing", layout={"width": "auto"})
         self.button = w.Button(description="Generate", button_style="primary")

@@ -153,7 +153,8 @@ def test_pieces_are_made_once_and_anew_where_settings_differ(tmp_path, monkeypat
     files[0].write_bytes(files[0].read_bytes()[:-100])  # damaged
     for piece, same in zip(made, made_by_nano(tmp_path), strict=True):
         assert torch.equal(piece.wave, same.wave)
-    for n, settings in enumerate(({"steps": 3}, {"sampler": "euler"}, {"seed": 7}, {"seconds": 2.5}), 1):
+    for n, settings in enumerate(({"steps": 3}, {"sampler": "euler"}, {"seed": 7}, {"seconds": 2.5},
+                                  {"guidance": 1.0}, {"guidance_interval": (0.0, 2.0)}), 1):
         made_by_nano(tmp_path, pieces=1, **settings)
         assert len(list(tmp_path.iterdir())) == 2 + n
 

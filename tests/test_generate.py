@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pianodiff import SAMPLER, generate
+from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, SAMPLER, generate
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, load_audio, save_audio, to_spectrogram
 from pianodiff.cli import main
 from pianodiff.data import example_performance
@@ -120,7 +120,8 @@ def test_each_block_has_its_own_noise(piano, monkeypatch):
 def test_guidance(piano, prompt, guidance, monkeypatch):
     batches, plain = [], piano.denoiser.forward
     monkeypatch.setattr(piano.denoiser, "forward", lambda x, s, c=None: batches.append(len(x)) or plain(x, s, c))
-    made = piano.spectrogram(CFG.block_seconds, seed=2, prompt=prompt, sampler="euler", num_steps=1, guidance=guidance)
+    made = piano.spectrogram(CFG.block_seconds, seed=2, prompt=prompt, sampler="euler", num_steps=1, guidance=guidance,
+                             guidance_interval=(0, math.inf))
     assert batches == [1 if guidance == 1 else 2]  # one evaluation a step
     prev = generate._start(CFG, 2, prompt, piano.device).prev
     latents = torch.randn(1, 1, 32, 32, generator=generate._generator(2, 0, 0))
@@ -141,10 +142,14 @@ def test_guidance_on_an_interval(piano, prompt, monkeypatch):
     part = piano.spectrogram(2 * CFG.block_seconds, guidance_interval=(levels[5], levels[2]), **settings)
     assert [count for _, count in seen] == 2 * [1, 1, 2, 2, 2, 1, 1, 1]
     assert [sigma for sigma, _ in seen] == pytest.approx(2 * levels) and encoded == [2, 2]
-    everywhere = piano.spectrogram(2 * CFG.block_seconds, **settings)
+    everywhere = piano.spectrogram(2 * CFG.block_seconds, guidance_interval=(0, math.inf), **settings)
     nowhere = piano.spectrogram(2 * CFG.block_seconds, guidance_interval=(100.0, math.inf), **settings)
     none = piano.spectrogram(2 * CFG.block_seconds, **{**settings, "guidance": 1.0})
     torch.testing.assert_close(nowhere, none, atol=1e-4, rtol=0)
+    default = piano.spectrogram(2 * CFG.block_seconds, **{**settings, "guidance": GUIDANCE})
+    same = piano.spectrogram(2 * CFG.block_seconds, **{**settings, "guidance": GUIDANCE},
+                             guidance_interval=GUIDANCE_INTERVAL)
+    assert torch.equal(default, same) and (default - none).abs().max() > 1e-3
     assert (part - everywhere).abs().max() > 1e-3 and (part - nowhere).abs().max() > 1e-3
 
 
@@ -360,7 +365,7 @@ def test_a_command_of_the_gallery_is_the_librarys_call(command, tmp_path, monkey
     prompt = load_audio(words[1]) if words[0] == "continue" else torch.zeros(0)
     made = Piano.from_pretrained("nano").stream(2.1, seed=int(options["--seed"]), num_steps=2,
                                                 prompt=prompt if len(prompt) else None,
-                                                guidance=float(options.get("--guidance", 1)))
+                                                guidance=float(options.get("--guidance", GUIDANCE)))
     wave = torch.cat([prompt, *made]).clamp(-1, 1)
     torch.testing.assert_close(load_audio(options["--out"]), wave, atol=2**-14, rtol=0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_generate import LARGE, tiny_piano
 
-from pianodiff import NUM_STEPS, SAMPLER
+from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 from pianodiff.audio import SPECTROGRAMS, save_audio
 from pianodiff.data import example_performance
 from pianodiff.generate import Piano, find_model
@@ -49,6 +49,22 @@ def test_the_default_is_the_choice_and_was_measured_with_the_weights_that_ship(q
     assert report["weights"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert quality.cheapest(report["settings"]).items() >= report["choice"].items()
     assert report["choice"].items() >= {"sampler": SAMPLER, "num_steps": NUM_STEPS}.items()
+    guided = report["guidance"]
+    assert guided["settings"][0].items() >= report["choice"].items() and guided["settings"][0]["guidance"] == 1
+    assert quality.smoothest(guided["settings"])["guidance"] == guided["choice"] == GUIDANCE
+    assert guided["interval"] == list(GUIDANCE_INTERVAL)
+
+
+@pytest.mark.parametrize("rows, chosen", [
+    ([(1, 1.0, 1.0, 0.8), (2, 1.0, 1.0, 0.7), (3, 1.04, 1.05, 0.6)], 3),
+    ([(1, 1.0, 1.0, 0.8), (2, 1.0, 1.0, 0.7), (3, 1.04, 1.06, 0.6)], 2),  # smoother, and surely no farther: both
+    ([(1, 1.0, 1.0, 0.8), (2, 1.0, 1.0, 0.9), (3, 1.0, 1.0, 0.1)], 1),  # 0.1 tells as surely as 0.9
+    ([(1, 1.2, 1.0, 0.8), (2, 1.2, 1.0, 0.7)], 1),
+])
+def test_the_smoothest_guidance_that_keeps_the_distances_is_chosen(quality, rows, chosen):
+    settings = [{"guidance": w, "frechet_ratio_interval": [0.8, frechet], "kernel_ratio_interval": [0.8, kernel],
+                 "joins": {"flux": flux, "residue": 0.55}} for w, frechet, kernel, flux in rows]
+    assert quality.smoothest(settings)["guidance"] == chosen
 
 
 @pytest.mark.filterwarnings("ignore:1. clips in 96 dimensions")
@@ -56,6 +72,7 @@ def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypa
     monkeypatch.setattr(quality, "LADDER", [("heun", 2), ("heun", 4), ("dpmpp_2m", 4)])
     monkeypatch.setattr(quality, "BASELINE", ("heun", 4))
     monkeypatch.setattr(quality, "SOLUTION", ("heun", 4))
+    monkeypatch.setattr(quality, "GUIDANCE_INTERVAL", (0.0, 100.0))  # so few steps pass over the default
     tiny_piano(SPECTROGRAMS["nano"], LARGE).save_pretrained(tmp_path / "tiny")
     (tmp_path / "real").mkdir()
     for seed in range(10):
@@ -80,8 +97,12 @@ def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypa
     assert set(heun_4["joins"]) >= {"flux", "residue"} and 0 <= heun_4["joins"]["flux"] <= 1
     weights = (tmp_path / "tiny" / "model.safetensors").read_bytes()
     assert first["weights"] == hashlib.sha256(weights).hexdigest()
-    assert printed[-1].endswith(f"{first['choice']['evaluations']} evaluations") and "heun" in printed[1]
+    guided = first["guidance"]["settings"]
+    assert [row["guidance"] for row in guided] == [1, *quality.GUIDANCE] and guided[0] in first["settings"]
+    assert len({row["frechet"] for row in guided}) == 4 and len({row["sampler"] for row in guided}) == 1
+    assert printed[-1].endswith(f"{first['choice']['evaluations']} evaluations; then guidance "
+                                f"{first['guidance']['choice']:g}") and "heun" in printed[1]
 
     monkeypatch.setattr(Piano, "spectrogram", None)  # all is in the cache
     again = run()
-    assert again["settings"] == first["settings"] and again["controls"] == first["controls"]
+    assert all(again[part] == first[part] for part in ("settings", "guidance", "controls"))

@@ -17,7 +17,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from pianodiff import NUM_STEPS, SAMPLER
+from pianodiff import GUIDANCE, NUM_STEPS, SAMPLER
 from pianodiff.audio import SPECTROGRAMS, to_flac, to_spectrogram
 from pianodiff.generate import SAMPLERS, Piano
 from pianodiff.show import _SAMPLERS, _SCRIPT, _SLIDER, _STYLE, player, slider, studio
@@ -225,7 +225,7 @@ def test_the_studio_plays_what_is_asked_for():
     room = studio(Tones())
     play(room)
     assert room.piano.calls == [{"seconds": 8.0, "seed": 7, "prompt": None, "sampler": SAMPLER, "num_steps": NUM_STEPS,
-                                 "guidance": 1.0}]
+                                 "guidance": GUIDANCE}]
     room.seconds.value, room.seed.value = 2, 440
     room.sampler.value, room.steps.value, room.guidance.value = "heun", 5, 2
     play(room)

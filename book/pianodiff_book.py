@@ -1,10 +1,11 @@
 """The book's own Sphinx extension: nbdev's notebooks as chapters, and the paper's equation numbers.
 
 A chapter is written for nbdev, whose directives (`#| export`) stand at the head of a cell. A reader of the book needs
-none of them: they are taken off, and those that say what to show become the tags by which MyST-NB shows it; pictures
-get words for those who can't see them. The sources stay as they are.
+none of them: they are taken off, and those that say what to show become the tags by which MyST-NB shows it; imports
+are folded, and pictures get words for those who can't see them. The sources stay as they are.
 """
 
+import ast
 import itertools
 import re
 from configparser import ConfigParser
@@ -12,9 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from docutils import nodes
+from docutils.parsers.rst import directives as options
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
+from sphinx.util.docutils import SphinxDirective
+
+from pianodiff.audio import load_audio
+from pianodiff.show import player
 
 ROOT = Path(__file__).resolve().parent.parent
 TAGS = {
@@ -40,6 +47,16 @@ def describe(section: str, code: str) -> str:
     return f"Picture: {section}" + (f" ({', '.join(dict.fromkeys(words))})" if words else "")
 
 
+def only_imports(code: str) -> bool:
+    """Whether a cell imports, perhaps chooses the book's style, and does nothing else."""
+    try:
+        body = ast.parse(code).body
+    except SyntaxError:    # a line for the shell
+        return False
+    return bool(body) and all(isinstance(node, ast.Import | ast.ImportFrom)
+                              or ast.unparse(node).startswith("plt.style.use(") for node in body)
+
+
 def read_chapter(text: str) -> nbformat.NotebookNode:
     """MyST-NB's reader of .ipynb: directives become tags, and a cell of directives alone is not shown."""
     notebook, section = nbformat.reads(text, as_version=4), ""
@@ -48,9 +65,12 @@ def read_chapter(text: str) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             directives, cell.source = split_directives(cell.source)
             tags = [TAGS[item] for item in directives.items() if item in TAGS]
-            tags += ["remove-cell"] if not cell.source else []
+            imports = only_imports(cell.source)
+            tags += ["remove-cell"] if not cell.source else ["hide-input"] if imports else []
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), *tags]
-            cell.metadata["mystnb"] = {"image": {"alt": describe(section, cell.source)}}
+            what = "imports" if imports else "the code"
+            cell.metadata["mystnb"] = {"image": {"alt": describe(section, cell.source)},
+                                       "code_prompt_show": f"Show {what}", "code_prompt_hide": f"Hide {what}"}
         else:
             section = re.findall(r"^#+ (.+)$", f"# {section}\n{cell.source}", re.M)[-1]
     return notebook
@@ -80,6 +100,18 @@ def offer_colab(app: Sphinx, config: Config) -> None:
                                   "launch_buttons": {"colab_url": "https://colab.research.google.com"}}
 
 
+class Player(SphinxDirective):
+    """A sound file of the book under its spectrogram, as `pianodiff.show.player` plays it, on a page of text."""
+
+    required_arguments = 1
+    option_spec = {"title": options.unchanged}
+
+    def run(self) -> list[nodes.Node]:
+        name, path = self.env.relfn2path(self.arguments[0])
+        self.env.note_dependency(name)
+        return [nodes.raw("", player(load_audio(path), title=self.options.get("title")).data, format="html")]
+
+
 def mend_lists(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """Lists that are none, for a screen reader: Sphinx's of a long signature's parameters, docutils' of citations."""
     body = re.sub(r'<dl>\s*(<dd><em class="sig-param">.*?)</dl>', lambda match: "<div>" + re.sub(
@@ -98,6 +130,7 @@ def number_equations(app: Sphinx, env: BuildEnvironment) -> list[str]:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_directive("player", Player)
     app.connect("config-inited", offer_colab)
     app.connect("html-page-context", mend_lists)
     app.connect("env-get-updated", number_equations, priority=900)   # after Sphinx has numbered them

@@ -438,13 +438,26 @@ def test_pages_and_notebooks_stay_small(book: Path):
     assert sum(path.stat().st_size for path in CHAPTERS) < 30 * MEGABYTE
 
 
-# ---- Colab
+def test_the_book_opens_with_a_sound(book: Path):
+    assert (book / f"{contents()[0]}.html").read_text().count("<audio") == 1
+
 
 @pytest.fixture
 def extension(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.syspath_prepend(ROOT / "book")
     return importlib.import_module("pianodiff_book")
 
+
+@pytest.mark.parametrize("code, folded", [
+    ("import torch\nfrom torch import Tensor", True), ("import a\n\nplt.style.use('pianodiff.book')", True),
+    ("", False), ("import a\na.run()", False), ("!pip install a", False), ("plt.style.use(made())\nx = 1", False)])
+def test_imports_alone_are_folded(code: str, folded: bool, extension):
+    cell = nbformat.v4.new_code_cell(f"#| export\n{code}")
+    read = extension.read_chapter(nbformat.writes(nbformat.v4.new_notebook(cells=[cell])))
+    assert ("hide-input" in read.cells[0].metadata["tags"]) is folded
+
+
+# ---- Colab
 
 def settings() -> dict[str, str]:
     config = ConfigParser()

@@ -35,7 +35,8 @@ def seen(training: dict[str, Any]) -> tuple[int, float]:
 
 
 def between(low: float, high: float, digits: int) -> str:
-    return f"{low:.{digits}f} – {high:.{digits}f}"
+    """An interval, with signs that can't be taken for its dash."""
+    return f"{low:.{digits}f} – {high:.{digits}f}".replace("-", "−")
 
 
 def table(header: str, rows: list[str]) -> str:
@@ -46,30 +47,33 @@ def table(header: str, rows: list[str]) -> str:
 def distances(report: dict[str, Any]) -> str:
     """The four rows under the first embedding."""
     name, found = next(iter(report["distances"].items()))
-    rows = [f"| {label} | {row['frechet']:.2f} | {row['frechet_infinity']:.2f} "
-            f"({between(*row['frechet_interval'], 2)}) | {row['kernel']:.3f} ({between(*row['kernel_interval'], 3)}) |"
-            for key, label in ROWS.items() for row in [found[key]]]
+    rows = [f"| {label} | {row['frechet']:.2f} | {between(*row['frechet_interval'], 1)} | {row['kernel']:.3f} "
+            f"| {between(*row['kernel_interval'], 3)} |" for key, label in ROWS.items() for row in [found[key]]]
     clips, reference, floors = found["model"]["clips"], report["reference"], report["floors"][name]
     real, model = (f"{min(row):.1f} to {max(row):.1f} (median {median(row):.1f})"
                    for row in (floors["real"], floors["model"]))
     return (f"Distance of {clips} blocks from {reference['blocks']:,} blocks of {reference['pieces']} "
             f"performances that it was not trained on, to the built-in embedding `{name.partition('-')[0]}`:\n\n"
-            + table(f"| {clips} blocks of | Fréchet | N → ∞ (95 %) | kernel (95 %) |", rows)
-            + f"\nOver {len(floors['real'])} random splits by title, the Fréchet distance of other real music from the "
-            f"rest is\n{real}, that of the model from the same references {model}.\n")
+            + table(f"| {clips} blocks of | Fréchet | 95 % | kernel | 95 % |", rows)
+            + f"\nThe intervals are over pieces, {found['model']['pieces']} by the model and {found['real']['pieces']} "
+            "real ones, and about infinitely many of them: so few real\npieces tell little of real music. Over "
+            f"{len(floors['real'])} random splits by title, the Fréchet distance of other real music from the rest is\n"
+            f"{real}, that of the model from the same references {model}.\n")
 
 
 def music(report: dict[str, Any]) -> str:
-    """The medians of the model's blocks beside those of real ones, and how surely its joins can be told."""
+    """The medians of the model's blocks beside those of real music and noise, and how surely its joins can be told."""
     rows = ["| " + " | ".join([label, *(f"{report['statistics'][key][whose]['median']:.{digits}f}"
-                                        for whose in ("model", "reference"))]) + " |"
+                                        for whose in ("model", "reference", "noise"))]) + " |"
             for key, (label, digits) in STATISTICS.items()]
     flux = {name: f"{row['flux']['auc']:.2f}" for name, row in report["joins"].items()}
     rows += ["| probability that a join shows more flux than a block's middle "
-             f"| {flux['model']} | {flux['real neighbours']} |"]
+             f"| {flux['model']} | {flux['real neighbours']} | |"]
     copies = report["novelty"]["spectrogram"]["verdict"]["share"]
-    rows += [f"| blocks as near to a training passage as the nearest 1 % of held-out music | {copies:.1%} | 1 % |"]
-    return "Medians of its blocks, its joins, and copies:\n\n" + table("| | nano | real music |", rows)
+    rows += ["| blocks as near to a training passage as the nearest 1 % of held-out music "
+             f"| {copies:.1%} | 1 % | |"]
+    return ("Medians of its blocks, its joins, and copies. The noise is white, at the levels of real blocks: where it "
+            "comes near\nmusic, a median says little.\n\n" + table("| | nano | real music | white noise |", rows))
 
 
 def losses(training: dict[str, Any]) -> str:

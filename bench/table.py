@@ -41,12 +41,23 @@ def row(record: Record) -> str:
     return f"| {record['comparison']}, {record['unit']} | {cells[0]} | {'<br>'.join(cells[1:])} |"
 
 
+def in_short(records: Iterable[Record]) -> list[str]:
+    """How long one waits for music from the shipped model, in a line, where that was measured."""
+    medians = {record["comparison"]: next(iter(record["results"].values()))["median"] for record in records}
+    second, first = medians.get("generation with nano"), medians.get("first sound of nano")
+    if not (second and first):
+        return []
+    return [f"twenty seconds of music take {figure(20 * second)} s, and the first sound comes after {figure(first)} s."]
+
+
 def table(lines: Iterable[str]) -> str:
     """README's part: a table for each machine."""
-    machines: dict[str, list[str]] = {}
+    machines: dict[str, list[Record]] = {}
     for record in newest(lines):
-        machines.setdefault(heading(record), ["", "| | | beside it |", "|---|---|---|"]).append(row(record))
-    return "\n\n".join("\n".join([name, *body]) for name, body in machines.items()) + "\n"
+        machines.setdefault(heading(record), []).append(record)
+    parts = ([name, *in_short(records), "", "| | | beside it |", "|---|---|---|", *map(row, records)]
+             for name, records in machines.items())
+    return "\n\n".join(map("\n".join, parts)) + "\n"
 
 
 def update(text: str, made: str, mark: str) -> str:

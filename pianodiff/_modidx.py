@@ -150,6 +150,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'pianodiff.edm.loss_weight': ('edm.html#loss_weight', 'pianodiff/edm.py'),
                                'pianodiff.edm.preconditioning': ('edm.html#preconditioning', 'pianodiff/edm.py')},
             'pianodiff.evaluate': { 'pianodiff.evaluate.Piece': ('evaluate.html#piece', 'pianodiff/evaluate.py'),
+                                    'pianodiff.evaluate.Row': ('evaluate.html#row', 'pianodiff/evaluate.py'),
+                                    'pianodiff.evaluate.Row.of': ('evaluate.html#row.of', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._Section': ('evaluate.html#_section', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._Sets': ('evaluate.html#_sets', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._axes': ('evaluate.html#_axes', 'pianodiff/evaluate.py'),

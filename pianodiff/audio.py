@@ -364,7 +364,8 @@ def griffin_lim(
     Fast Griffin-Lim (Perraudin et al. 2013; Eq. (fast-griffin-lim)), which with `momentum=0` is the original algorithm
     (Griffin and Lim 1984), in place. It starts from the phases that the magnitude's slopes give (Eq. (phase-gradient));
     `generator` fixes those that are drawn: where the magnitude is at the floor, or all of them with `init="random"`.
-    Batched, on the magnitude's device. The first P samples may be `known` `[..., P]`: they come back as they are, and
+    `n_iter` iterations follow; 0 leaves the start as it is. Batched, on the magnitude's device. The magnitude must be
+    finite, which is not checked. The first P samples may be `known` `[..., P]`: they come back as they are, and
     the others in phase with them. Raises ValueError for another number of rows, fewer than two frames, another `init`,
     and `known` samples of another batch or more than the wave has.
     """
@@ -436,9 +437,9 @@ def stream_wave(
     """
     hop = cfg.hop_length
     window = math.ceil(cfg.n_fft / hop) * hop
-    spec = past = rest = None
+    spec = rest = None
     for piece in specs:
-        if spec is None or past is None:
+        if spec is None:
             spec, past = piece[..., :0], piece[..., 0, :0] if known is None else known
             if past.shape[-1] % hop:
                 raise ValueError(f"{past.shape[-1]} known samples are no whole number of hops ({hop}); cut their start")

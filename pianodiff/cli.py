@@ -159,7 +159,7 @@ class Sampling:
         seconds: length of the new music
         seed: the same seed gives the same music; drawn and printed if none is given
         model: a shipped name, a model's folder, or a Hub id (user/repo)
-        steps: sampling steps a block: fewer are faster, more are finer
+        steps: sampling steps a block: fewer are faster; beyond the default little is gained
         sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
         guidance: above 1, each block follows its predecessor more closely than the model would by itself; 1 is none
         guidance_interval: the noise levels between which guidance is applied

@@ -216,21 +216,26 @@ def kernel_distance(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> 
     return kernel_distance_to(y, bandwidth=bandwidth)(x)
 
 # %% ../nbs/09a_distance.ipynb #d7447723
-def interval(statistic: Callable[[Tensor], float], x: Tensor, *, resamples: int = 100, level: float = 0.95,
-             seed: int = 0) -> tuple[float, float]:
+def interval(statistic: Callable[[Tensor], float], x: Tensor, *, groups: Tensor | None = None, resamples: int = 100,
+             level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """A confidence interval for `statistic` of the population that `x` `[N, ...]` is drawn from (Eq. (halves)).
 
     The statistic is computed on `resamples` random halves of `x`, which give its spread and take out a bias of order
     1/N. So for a Fréchet distance the interval is about that of infinitely many clips, and lies below the distance of
-    `x` itself. It knows nothing of chance in the reference, and takes clips to be independent: where many are from one
-    recording it is too narrow. Raises ValueError for fewer than 4 clips, 2 resamples or a level outside (0, 1).
+    `x` itself. It knows nothing of chance in the reference. Clips of one recording are not independent: `groups` `[N]`
+    numbers the recordings, and halves of these are drawn. Raises ValueError for groups of another length, fewer than 4
+    clips or groups, fewer than 2 resamples, or a level outside (0, 1).
     """
-    if len(x) < 4 or resamples < 2 or not 0 < level < 1:
-        raise ValueError("an interval needs 4 clips and 2 resamples at least and a level between 0 and 1, "
-                         f"not {len(x)}, {resamples} and {level}")
+    groups = torch.arange(len(x)) if groups is None else groups
+    if groups.shape != x.shape[:1]:
+        raise ValueError(f"groups must number each of the {len(x)} clips, not be of shape {list(groups.shape)}")
+    names = groups.unique()
+    if len(names) < 4 or resamples < 2 or not 0 < level < 1:
+        raise ValueError("an interval needs 4 clips or groups and 2 resamples at least and a level between 0 and 1, "
+                         f"not {len(names)}, {resamples} and {level}")
     generator = torch.Generator().manual_seed(seed)
-    halves = torch.tensor([statistic(x[torch.randperm(len(x), generator=generator)[: len(x) // 2]])
-                           for _ in range(resamples)], dtype=torch.float64)
+    drawn = [names[torch.randperm(len(names), generator=generator)[: len(names) // 2]] for _ in range(resamples)]
+    halves = torch.tensor([statistic(x[torch.isin(groups, half)]) for half in drawn], dtype=torch.float64)
     middle = 2 * float(statistic(x)) - float(halves.mean())
     reach = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)) * halves.std())
     return middle - reach, middle + reach

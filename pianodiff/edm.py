@@ -30,7 +30,10 @@ def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 8
 
 # %% ../nbs/05_edm.ipynb #eac780c8
 def preconditioning(sigma: Tensor | float, sigma_data: float = 0.5) -> tuple[Any, Any, Any, Any]:
-    """The factors `c_skip, c_out, c_in, c_noise` at `sigma` > 0, numbers or tensors as it is: Eqs. (28)-(31)."""
+    """The factors `c_skip, c_out, c_in, c_noise` at `sigma` > 0, numbers or tensors as it is: Eqs. (28)-(31).
+
+    Tensors are of sigma's shape. Raises ValueError for a number that isn't positive; tensors are not checked.
+    """
     total = (sigma**2 + sigma_data**2) ** 0.5  # standard deviation of data and noise together
     log = sigma.log() if isinstance(sigma, Tensor) else math.log(sigma)
     return (sigma_data / total) ** 2, sigma * sigma_data / total, 1 / total, log / 4
@@ -82,15 +85,21 @@ def _cast(cond: Any, dtype: torch.dtype) -> Any:
 
 # %% ../nbs/05_edm.ipynb #ff61065a
 def loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """The weight lambda(sigma) = 1 / c_out(sigma)^2 of the squared denoising error, Eq. (33)."""
+    """The weight lambda(sigma) = 1 / c_out(sigma)^2 of the squared denoising error, Eq. (33).
+
+    `sigma` > 0 of any shape, on the scale of `sigma_data` -> weights of its shape. Nothing is checked.
+    """
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 # %% ../nbs/05_edm.ipynb #ba58e3a1
 def denoising_loss(denoiser: Denoiser, y: Tensor, sigma: Tensor, noise: Tensor, cond: Any = None) -> Tensor:
-    """Weighted loss at given noise levels: the expectand of Eq. (25), averaged over pixels, with Eq. (33)'s weight.
+    """Weighted loss at given noise levels: what Eq. (25) takes the mean of, averaged over pixels, weighted by Eq. (33).
 
-    `y [B, ...]` clean data, `sigma [B]` > 0, `noise` of y's shape and unit variance -> losses `[B]`.
+    `y [B, ...]` clean data, `sigma [B]` > 0, `noise` of y's shape and unit variance -> losses `[B]`. Raises ValueError
+    where noise has another shape, and as `Denoiser` does.
     """
+    if noise.shape != y.shape:
+        raise ValueError(f"noise has shape {list(noise.shape)} for y of {list(y.shape)}")
     error = denoiser(y + sigma.reshape(-1, *[1] * (y.ndim - 1)) * noise, sigma, cond) - y
     return loss_weight(sigma, denoiser.sigma_data) * error.square().flatten(1).mean(1)
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Piece', 'clips_of', 'spectrogram_blocks', 'read_pieces', 'make_pieces', 'split_pieces', 'retrieved', 'shifted',
-           'shuffled', 'noise_like', 'make_rows', 'distances', 'floors', 'farther', 'in_order', 'plot_distances',
+           'shuffled', 'noise_like', 'Row', 'make_rows', 'distances', 'floors', 'farther', 'in_order', 'plot_distances',
            'plot_floors', 'compare_statistics', 'plot_statistics', 'seams', 'rejoined', 'plot_seams', 'course',
            'plot_drift', 'novelty', 'plot_novelty', 'plot_pair', 'training_curves', 'plot_training', 'write_report',
            'evaluate']
@@ -246,17 +246,20 @@ def make_pieces(
     guidance: float = GUIDANCE,
     guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
     seed: int = 0,
+    least: int = 1,
 ) -> list[Piece]:
     """What a model makes of the seeds from `seed` on: the whole blocks of each piece's `seconds`.
 
     Phases are retrieved as for real music that is `retrieved`. Each piece is kept in the folder `cache`, and not made
-    again. Raises FileNotFoundError for a model that isn't there, and ValueError for one, or settings, of no use.
+    again. Raises FileNotFoundError for a model that isn't there, and ValueError for one, or settings, of no use: these
+    also if they give fewer than `least` blocks.
     """
     folder, home = find_model(model), Path(cache)
     piano = Piano.from_pretrained(folder)
     blocks = round(seconds * piano.cfg.sample_rate) // piano.cfg.block_samples if 0 < seconds < math.inf else 0
-    if not blocks or pieces < 1:
-        raise ValueError(f"{pieces} pieces of {seconds} s hold no block; give {piano.cfg.block_seconds} s or more")
+    if pieces < 1 or pieces * blocks < least:
+        raise ValueError(f"{pieces} pieces of {seconds} s hold {max(pieces, 0) * blocks or 'no'} blocks of "
+                         f"{piano.cfg.block_seconds} s; give {least} or more")
     how: dict[str, Any] = {"sampler": sampler, "num_steps": steps, "guidance": guidance,
                            "guidance_interval": guidance_interval}
     piano.stream(seconds, seed=seed, **how)  # checks the settings, and makes nothing yet
@@ -306,9 +309,9 @@ def retrieved(piece: Piece, cfg: SpectrogramConfig, seed: int = 0) -> Piece:
 
 
 def shifted(clips: Tensor, semitones: float = 3.0) -> Tensor:
-    """Clips `[N, T]`, end to end, at another speed and so at another pitch; one after the other again `[<= N, T]`."""
-    wave = torch.from_numpy(soxr.resample(clips.flatten().numpy(), 2 ** (semitones / 12), 1))
-    return wave[: len(wave) // clips.shape[1] * clips.shape[1]].reshape(-1, clips.shape[1])
+    """Clips `[N, T]`, end to end, played more slowly and so `semitones` lower; the first N of what comes out."""
+    wave = torch.from_numpy(soxr.resample(clips.flatten().numpy(), 1, 2 ** (semitones / 12)))
+    return wave[: clips.numel()].reshape(clips.shape)
 
 
 def shuffled(clips: Tensor, generator: torch.Generator, parts: int = 16) -> Tensor:
@@ -326,34 +329,51 @@ def noise_like(clips: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(clips.shape, generator=generator) * clips.square().mean(1, keepdim=True).sqrt()
 
 
+class Row(NamedTuple):
+    """Clips that are set against the reference."""
+
+    clips: Tensor  # [N, block_samples]
+    pieces: Tensor  # [N]: the number of the piece that each is from
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], cfg: SpectrogramConfig) -> "Row":
+        """All blocks of the pieces."""
+        blocks = torch.tensor([_count([piece], cfg) for piece in pieces])
+        return cls(clips_of(pieces, cfg), torch.arange(len(pieces)).repeat_interleave(blocks))
+
+
 def make_rows(generated: Sequence[Piece], others: Sequence[Piece], again: Sequence[Piece], cfg: SpectrogramConfig,
-              seed: int = 0) -> dict[str, Tensor]:
-    """The sets of clips `[N, block_samples]` that are set against the reference, by their names in the table above.
+              seed: int = 0) -> dict[str, Row]:
+    """The N clips of each row that are set against the reference, by the rows' names in the table above.
 
     `again` are the `others` after phase retrieval. Of the generated clips a random N are taken.
     """
-    clips, generator = clips_of(others, cfg), torch.Generator().manual_seed(seed)
-    made = clips_of(generated, cfg)
-    made = made[torch.randperm(len(made), generator=generator)[: len(clips)].sort().values]
-    return {"real": clips, "retrieved": clips_of(again, cfg), "model": made,
-            "shifted": shifted(clips), "shuffled": shuffled(clips, generator), "noise": noise_like(clips, generator)}
+    real, made, generator = Row.of(others, cfg), Row.of(generated, cfg), torch.Generator().manual_seed(seed)
+    some = torch.randperm(len(made.clips), generator=generator)[: len(real.clips)].sort().values
+    slow = torch.cat([shifted(clips_of([piece], cfg)) for piece in others])
+    return {"real": real, "retrieved": Row.of(again, cfg), "model": Row(made.clips[some], made.pieces[some]),
+            "shifted": real._replace(clips=slow), "shuffled": real._replace(clips=shuffled(real.clips, generator)),
+            "noise": real._replace(clips=noise_like(real.clips, generator))}
 
 # %% ../nbs/09_evaluate.ipynb #1efd3350
-def distances(rows: dict[str, Tensor], reference: Tensor, cfg: SpectrogramConfig, embedding: Embedding, *,
+def distances(rows: dict[str, Row], reference: Tensor, cfg: SpectrogramConfig, embedding: Embedding, *,
               cache: Path | None = None, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """How far each row of clips `[N, T]` is from the reference `[M, T]`, to one embedding.
+    """How far each row is from the reference's clips `[M, T]`, to one embedding.
 
-    For each row `frechet` (Eq. (37)) and `kernel` with their 95 % intervals, and `frechet_infinity`.
+    For each row `frechet` (Eq. (37)) and `kernel` with their 95 % intervals over pieces, and `frechet_infinity`. Of
+    fewer than 4 pieces the intervals are over clips, and too narrow.
     """
     y = embed(embedding, reference, cfg.sample_rate, cache=cache, progress=True)
     moments = Moments.of(y)
     measures = {"frechet": lambda x: frechet_distance(Moments.of(x), moments), "kernel": kernel_distance_to(y)}
     table: dict[str, dict[str, Any]] = {}
-    for name, clips in tqdm(rows.items(), f"distances ({embedding.name})"):
-        x = embed(embedding, clips, cfg.sample_rate, cache=cache)
-        table[name] = {"clips": len(x), "frechet_infinity": frechet_infinity(x, moments, seed=seed).value}
+    for name, row in tqdm(rows.items(), f"distances ({embedding.name})"):
+        x, pieces = embed(embedding, row.clips, cfg.sample_rate, cache=cache), len(row.pieces.unique())
+        table[name] = {"clips": len(x), "pieces": pieces,
+                       "frechet_infinity": frechet_infinity(x, moments, seed=seed).value}
         for measure_name, distance in measures.items():
-            table[name] |= {measure_name: distance(x), f"{measure_name}_interval": interval(distance, x, seed=seed)}
+            bounds = interval(distance, x, groups=row.pieces if pieces >= 4 else None, seed=seed)
+            table[name] |= {measure_name: distance(x), f"{measure_name}_interval": bounds}
     return table
 
 # %% ../nbs/09_evaluate.ipynb #86d06ff2
@@ -752,22 +772,22 @@ def _warnings_told() -> Iterator[list[str]]:
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def _distances_section(sets: _Sets, rows: dict[str, Tensor], reference: Tensor, ears: Sequence[Embedding],
+def _distances_section(sets: _Sets, rows: dict[str, Row], reference: Tensor, ears: Sequence[Embedding],
                        cache: Path) -> _Section:
     tables, split = {}, {}
     with _warnings_told() as told:
         for ear in ears:
             home, cfg, seed = cache / ear.name, sets.cfg, sets.seed
             tables[ear.name] = distances(rows, reference, cfg, ear, cache=home, seed=seed)
-            split[ear.name] = floors(sets.real, rows["model"], cfg, ear, cache=home, seed=seed)
+            split[ear.name] = floors(sets.real, rows["model"].clips, cfg, ear, cache=home, seed=seed)
     ordered = {name: in_order(table, split[name]) for name, table in tables.items()}
     return _Section({"warnings": told, "distances": tables, "floors": split, "in_order": ordered},
                     {"distances": plot_distances(tables), "floors": plot_floors(split)},
-                    {"distances": [(row, clips[:4].flatten()) for row, clips in rows.items()]})
+                    {"distances": [(name, row.clips[:4].flatten()) for name, row in rows.items()]})
 
 
-def _music_section(rows: dict[str, Tensor], reference: Tensor, cfg: SpectrogramConfig) -> _Section:
-    values, typical = {row: measure(clips, cfg) for row, clips in rows.items()}, measure(reference, cfg)
+def _music_section(rows: dict[str, Row], reference: Tensor, cfg: SpectrogramConfig) -> _Section:
+    values, typical = {name: measure(row.clips, cfg) for name, row in rows.items()}, measure(reference, cfg)
     profiles = {row: pitch_profile(found["pitch_classes"]) for row, found in {"reference": typical, **values}.items()}
     return _Section({"statistics": compare_statistics(values, typical), "pitch_classes": profiles},
                     {"statistics": plot_statistics(values, typical)})
@@ -812,6 +832,9 @@ def _facts(sets: _Sets, generated: str | os.PathLike, sound: bool, reference: st
         "others": _described(sets.others, sets.cfg)})
 
 # %% ../nbs/09_evaluate.ipynb #51e8146a
+_LEAST = 4  # blocks, without which there are no intervals
+
+
 def _is_sound(generated: str | os.PathLike) -> bool:
     path = Path(generated)
     return "://" in str(generated) or (path.exists() and not (path / "config.json").is_file())
@@ -872,7 +895,8 @@ def evaluate(
     was trained on, for the search for copies (also `transpose` semitones higher and lower), which is left out without
     it. `embeddings` are names for `load_embedding`. What has been made and embedded is kept in `cache` (by default a
     folder beside `out`). Equal seeds give equal figures.
-    Raises FileNotFoundError or ValueError for sources that can't be used, OSError if nothing can be written.
+    Raises FileNotFoundError or ValueError for sources that can't be used or give too little, OSError if nothing can be
+    written.
     """
     out, sound, begin = Path(out), _is_sound(generated), time.perf_counter()
     home, cfg = Path(cache) if cache else out.with_suffix(".cache"), _spectrogram_of(generated, training)
@@ -883,9 +907,12 @@ def evaluate(
                        splits=tuple(splits), blocks=blocks, seed=seed, soundfont=soundfont)
     find_recordings(reference)  # before the work begins
     made, unused = read_pieces(generated, cfg) if sound else (
-        make_pieces(generated, home / "pieces", seed=seed, **how), {})
+        make_pieces(generated, home / "pieces", seed=seed, least=_LEAST, **how), {})
     middle = time.perf_counter()
 
+    if _count(made, cfg) < _LEAST:
+        raise ValueError(f"{generated} holds {_count(made, cfg)} blocks of {cfg.block_seconds} s; "
+                         f"give {_LEAST} or more")
     sets = _gather(made, unused, reference, cfg, seed, splits=splits, blocks=blocks, most=most, soundfont=soundfont)
     rows, against = make_rows(made, sets.others, sets.again, cfg, seed), clips_of(sets.known, cfg)
     sections = [

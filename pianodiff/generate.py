@@ -176,7 +176,10 @@ class Piano:
         return cls(*load_model(find_model(name_or_path)), device)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the model as a folder that `from_pretrained` reads; weights are stored in fp16."""
+        """Write the model as a folder that `from_pretrained` reads; weights are stored in fp16.
+
+        Raises ValueError if `folder` is there and is something else than a model: it would be replaced.
+        """
         save_model(folder, self.net, self.config)
 
     def spectrogram(self, seconds: float, *, seed: int | None = None, prompt: Tensor | None = None,

@@ -67,13 +67,15 @@ def heun_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *, sigmas: 
                 S_churn: float = 0.0, S_min: float = 0.0, S_max: float = float("inf"), S_noise: float = 1.0,
                 randn_like: Callable[[Tensor], Tensor] = torch.randn_like, dtype: torch.dtype = torch.float64,
                 callback: Callback | None = None) -> Tensor:
-    """Heun's second-order sampler with optional churn: Karras et al. 2022, Algorithm 2.
+    """Heun's second-order sampler, Eq. (heun), with optional churn: Karras et al. 2022, Algorithm 2.
 
     `denoise(x, sigma, cond)` gets `x [B, ...]` and a 0-d `sigma`, both in `dtype`; `latents [B, ...]` are unit Gaussian
     noise. `sigmas`, falling and normally ending at 0, takes the place of Eq. (27) with `num_steps`, `sigma_min`,
     `sigma_max` and `rho`. The step into sigma = 0 has no corrector, so N steps are 2N - 1 evaluations of the denoiser.
-    Random numbers are drawn only if `S_churn` > 0, then at every step. Before each step `callback` gets a dict with
-    `i`, `sigma`, `sigma_hat`, `x` (at `sigma_hat`) and `denoised` (from that x).
+    `S_churn` / N, at most sqrt(2) - 1, is the gamma by which fresh noise raises each level between `S_min` and `S_max`;
+    `S_noise` multiplies that noise. Random numbers are drawn only if `S_churn` > 0, then at every step.
+    Before each step `callback` gets a dict with `i`, `sigma`, `sigma_hat`, `x` (at `sigma_hat`) and `denoised` (from
+    that x).
     Returns samples of latents' shape and dtype. Raises ValueError on a bad schedule, bad churn settings or latents that
     are not finite, and, naming the step, where the denoiser returns another shape or a value that is not finite.
     """
@@ -99,7 +101,10 @@ def euler_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *, sigmas:
                  S_churn: float = 0.0, S_min: float = 0.0, S_max: float = float("inf"), S_noise: float = 1.0,
                  randn_like: Callable[[Tensor], Tensor] = torch.randn_like, dtype: torch.dtype = torch.float64,
                  callback: Callback | None = None) -> Tensor:
-    """Euler's first-order sampler: `heun_sample` without the corrector, one evaluation a step; all else is the same."""
+    """Euler's first-order sampler, Eq. (first-order): one evaluation a step.
+
+    It is `heun_sample` without the corrector; all else is the same.
+    """
     sigmas = _schedule(latents, sigmas, num_steps, sigma_min, sigma_max, rho, dtype)
     churn = _churn(S_churn, S_min, S_max, S_noise, len(sigmas) - 1, randn_like)
     x_next = latents.to(dtype) * sigmas[0]

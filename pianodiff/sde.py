@@ -67,7 +67,10 @@ class SDE:
         raise NotImplementedError
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The time at which the noise level of Eq. (20) is `sigma`; beyond 1 where the process doesn't reach it."""
+        """The time at which the noise level of Eq. (20) is `sigma` > 0, a tensor of any shape; of its shape and dtype.
+
+        Nothing is refused: the time is beyond 1 where the process doesn't reach sigma.
+        """
         raise NotImplementedError
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +106,10 @@ class SDE:
 
     def prior(self, shape: Sequence[int], generator: torch.Generator | None = None,
               dtype: torch.dtype | None = None) -> Tensor:
-        """Noise of standard deviation `prior_std`, where sampling begins: nearly the distribution at t = 1."""
+        """Noise of standard deviation `prior_std`, where sampling begins: nearly the distribution at t = 1.
+
+        A tensor of this shape, on the generator's device or the CPU, float32 unless `dtype` is another.
+        """
         device = generator.device if generator else None
         return self.prior_std * torch.randn(*shape, generator=generator, dtype=dtype, device=device)
 
@@ -123,7 +129,7 @@ class VPSDE(SDE):
             raise ValueError(f"need 0 < beta_min <= beta_max < inf, not {self.beta_min} and {self.beta_max}")
 
     def beta(self, t: Tensor) -> Tensor:
-        """The rate of noise at t."""
+        """The rate of noise beta(t) at t, a tensor of any shape; of its shape, and no t is refused."""
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def _integral(self, t: Tensor) -> Tensor:
@@ -254,12 +260,16 @@ def ode_sample(sde: SDE, score: Score, x: Tensor, *, num_steps: int = 100, t_min
 
 # %% ../nbs/01_sde.ipynb #b0fa63e1
 def score_from_noise(sde: SDE, predict_noise: Score) -> Score:
-    """The score -eps / std that belongs to a network `predict_noise(x, t)`, which estimates eps: Eq. (15)."""
+    """The score -eps / std that belongs to a network `predict_noise(x, t)`, which estimates eps: Eq. (15).
+
+    The estimate has the shape of `x [B, ...]`, and t is 0-d or `[B]`. The score raises ValueError as `SDE.marginal`
+    does.
+    """
     return lambda x, t: -predict_noise(x, t) / sde.marginal(x, t)[1]
 
 # %% ../nbs/01_sde.ipynb #fce5213a
 def dsm_loss(sde: SDE, score: Score, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Denoising score matching: the expectand of Eq. (16), averaged over the dimensions of an item.
+    """Denoising score matching: what Eq. (16) takes the mean of, averaged over the dimensions of an item.
 
     Clean data `x0 [B, ...]`, times `t [B]` in (0, 1] and unit `noise` of x0's shape -> losses `[B]`. Raises ValueError
     where shapes differ, t is out of range or the score isn't finite.
@@ -312,7 +322,8 @@ def log_likelihood(sde: SDE, score: Score, x: Tensor, *, probes: int | None = 1,
 def score_from_denoiser(sde: SDE, denoise: Callable[[Tensor, Tensor, Any], Tensor], cond: Any = None) -> Score:
     """The score of x at t that belongs to a denoiser D of data under noise: (D(x/s; sigma) - x/s) / (s sigma²).
 
-    Eq. (23) at x/s, by the change of variables in Eq. (20). `denoise(x, sigma, cond)` gets sigma 0-d or `[B]`, as t is.
+    Eq. (23) at x/s, by the change of variables in Eq. (20). `denoise(x, sigma, cond)` gets sigma 0-d or `[B]`, as t is,
+    and returns the shape of `x [B, ...]`. The score raises ValueError as `SDE.marginal` does.
     """
     def score(x: Tensor, t: Tensor) -> Tensor:
         s, sigma = sde.schedule(_column(t, x))

@@ -95,7 +95,7 @@ class TrainConfig:
 
 # %% ../nbs/06_train.ipynb #6f50f08c
 def learning_rate(config: TrainConfig, images: float) -> float:
-    """The learning rate after `images` blocks: linear warm-up, constant, linear decay to zero at the end.
+    """The learning rate after `images` blocks, Eq. (learning-rate): it rises, stays, and falls to zero at the end.
 
     Only the decay depends on the run's length, so a run can be prolonged.
     """
@@ -105,10 +105,9 @@ def learning_rate(config: TrainConfig, images: float) -> float:
 
 # %% ../nbs/06_train.ipynb #bec80913
 def ema_gamma(std: float) -> float:
-    """The exponent of the power-function EMA whose window has the relative width `std`.
+    """The exponent of the power-function EMA whose window has the relative width `std`: solves Eq. (ema-width).
 
-    Solves std = (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^-(1/2), Karras et al. 2024, section 3.1.
-    Raises ValueError unless 0 < std < 0.288, the width of the plain average.
+    After Karras et al. 2024, section 3.1. Raises ValueError unless 0 < std < 0.288, the width of the plain average.
     """
     if not 0 < std < 0.288:
         raise ValueError(f"ema_std must lie between 0 and 0.288, not {std}")
@@ -116,9 +115,9 @@ def ema_gamma(std: float) -> float:
 
 
 class PowerEMA:
-    """Average of a network's weights over training, weighted with (step / last step)^gamma (Karras et al. 2024, 3.1).
+    """Average of a network's weights over training, weighted with (step / last step)^gamma: Eq. (ema).
 
-    `net` is the averaged network (float32, eval mode).
+    `net` is the averaged network (float32, eval mode). After Karras et al. 2024, section 3.1.
     """
 
     def __init__(self, net: nn.Module, std: float) -> None:
@@ -127,7 +126,7 @@ class PowerEMA:
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
-        """Take in the weights after step 1, 2, ...: EMA += (1 - beta)(weights - EMA), beta = (1 - 1/step)^(gamma+1)."""
+        """Take in the weights after step 1, 2, ..., by Eq. (ema-step): EMA += (1 - beta)(weights - EMA)."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - beta)
         for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
@@ -168,8 +167,12 @@ def _collate(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch | {"has_prev": torch.tensor([block["has_prev"] for block in blocks])}
 
 # %% ../nbs/06_train.ipynb #270762b2
-def standardise(batch: dict[str, Tensor], mean: float, std: float, sigma_data: float = 0.5) -> tuple[Tensor, tuple]:
-    """Blocks in [0, 1] as the network sees them: y = (spec - mean) / std * sigma_data, and cond = (prev, has_prev)."""
+def standardise(batch: dict[str, Tensor], mean: float, std: float,
+                sigma_data: float = 0.5) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Blocks and their predecessors as the network sees them, Eq. (standardise).
+
+    `spec`, `prev` `[B, 1, F, W]` in [0, 1] -> y `[B, 1, F, W]`, cond = (prev `[B, 1, F, W]`, has_prev `[B]`).
+    """
     y, prev = ((batch[key] - mean) * (sigma_data / std) for key in ("spec", "prev"))
     return y, (prev, batch["has_prev"])
 
@@ -260,6 +263,7 @@ class TrainLog:
         self.events.flush()
 
     def close(self) -> None:
+        """Write what TensorBoard's events still hold back; the log's rows are in their file already."""
         self.events.close()
 
 # %% ../nbs/06_train.ipynb #f90eb120

@@ -246,7 +246,10 @@ class UNet(nn.Module):
         self.out = _zero(nn.Conv2d(c[0], pixels, 3, padding=1))
 
     def encode(self, cond: Cond, batch: int = 1) -> Past:
-        """All that the network takes from `cond`, whose None stands for `batch` blocks without a predecessor."""
+        """All that the network takes from `cond`, whose None stands for `batch` blocks without a predecessor.
+
+        `cond` is as in `UNet`; a `Past` comes back as it is. Raises ValueError for blocks that are not `[B, 1, F, W]`.
+        """
         if isinstance(cond, Past):
             return cond
         shape = (1, self.config.n_bins, self.config.n_frames)

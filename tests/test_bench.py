@@ -184,6 +184,11 @@ def test_table(bench):
     assert made.count("| x, s |") == 2 and made.count("| y, s |") == 1
     assert "| x, s | a: 2 (2–2) | b: 6 (6–6), **3 ×** (3–3) |\n" in made and "a: 1 " not in made
     assert made.index("| x,") < made.index("| y,") < made.index("One Some GPU beside") < made.index("b 1.2: 6 (6–6)")
+    assert "twenty seconds" not in made
+    waits = [common.compare(name, "s", {"a": lambda v=v: v}, runs=5)
+             for name, v in (("generation with nano", 0.168), ("first sound of nano", 0.32))]
+    assert "\ntwenty seconds of music take 3.36 s, and the first sound comes after 0.32 s.\n\n| | |" in table.table(
+        map(json.dumps, waits))
     readme = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
     done = table.update(readme, made, "bench")
     assert done == f"before\n<!-- bench -->\n{made}<!-- /bench -->\nafter\n" == table.update(done, made, "bench")

@@ -233,6 +233,16 @@ def test_interval_of_a_mean_is_the_textbooks():
     assert interval(lambda z: float(z.mean()), x, seed=1) == interval(lambda z: float(z.mean()), x, seed=1)
 
 
+def test_interval_draws_groups():
+    """Ten near copies of each tell no more than one of each: the interval of the mean is that of the 40, not of 400."""
+    single = normal(40, 1)
+    copies, groups = single.repeat_interleave(10, 0), torch.arange(40).repeat_interleave(10)
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    expected = interval(lambda z: float(z.mean()), single, resamples=200)
+    found = interval(lambda z: float(z.mean()), copies[order], groups=7 * groups[order], resamples=200)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 # What is refused
 
 
@@ -255,6 +265,8 @@ def test_interval_of_a_mean_is_the_textbooks():
     (lambda x: kernel_distance(x, x[:1].expand(5, 4)), "the same"),
     (lambda x: kernel_distance(x, x, bandwidth=0.0), "bandwidth"),
     (lambda x: interval(lambda z: 0.0, x[:3]), "4 clips"),
+    (lambda x: interval(lambda z: 0.0, x, groups=torch.arange(len(x)) % 3), "4 clips or groups"),
+    (lambda x: interval(lambda z: 0.0, x, groups=torch.arange(3)), "each of the"),
     (lambda x: interval(lambda z: 0.0, x, resamples=1), "2 resamples"),
     (lambda x: interval(lambda z: 0.0, x, level=1.0), "level"),
 ])

@@ -1,6 +1,7 @@
 """Schedule, preconditioning, denoiser and loss (chapter 5)."""
 
 import math
+import re
 from typing import NamedTuple
 
 import pytest
@@ -146,6 +147,9 @@ def test_wrong_shapes_are_refused():
         Denoiser(Conv())(x, torch.ones(2))
     with pytest.raises(ValueError, match=r"returned shape \(3, 1, 1, 4\) for an input of \(3, 1, 4, 4\)"):
         Denoiser(lambda x, c_noise, cond: x.mean(2, keepdim=True))(x, 1.0)
+    for noise in (x[:1], x[0], x[..., :1]):  # all of which would broadcast
+        with pytest.raises(ValueError, match=re.escape(f"noise has shape {list(noise.shape)} for y of [3, 1, 4, 4]")):
+            denoising_loss(Denoiser(Conv()), x, torch.ones(3), noise)
 
 
 def test_loss_is_equation_25_with_its_square():

@@ -14,9 +14,10 @@ from matplotlib import image
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, save_audio
 from pianodiff.cli import main
 from pianodiff.data import example_performance, prepare
-from pianodiff.distance import load_embedding
+from pianodiff.distance import embed, interval, kernel_distance_to, load_embedding
 from pianodiff.evaluate import (
     Piece,
+    Row,
     clips_of,
     course,
     distances,
@@ -25,6 +26,7 @@ from pianodiff.evaluate import (
     floors,
     in_order,
     make_pieces,
+    make_rows,
     noise_like,
     novelty,
     plot_training,
@@ -178,8 +180,9 @@ def test_interrupted_work_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_rows_are_what_they_say():
     clips = torch.stack([torch.sin(2 * torch.pi * 440 * torch.arange(BLOCK) / 8000)] * 4)
-    rows = shifted(clips)
-    assert int(torch.fft.rfft(rows[0][:8000]).abs().argmax()) == round(440 * 2 ** (3 / 12))
+    slow = shifted(clips)
+    assert slow.shape == clips.shape
+    assert int(torch.fft.rfft(slow[1][:8000]).abs().argmax()) == round(440 * 2 ** (-3 / 12))
     noise = noise_like(clips * torch.tensor([[1.0], [0.1], [0.5], [0.0]]), torch.Generator().manual_seed(0))
     level = torch.tensor([1.0, 0.1, 0.5, 0.0]) * 0.5**0.5
     torch.testing.assert_close(noise.square().mean(1).sqrt(), level, rtol=0.03, atol=0)
@@ -196,16 +199,30 @@ def test_rows_are_what_they_say():
 def test_the_order_of_the_rows(music):
     real = read_pieces(music / "real", CFG)[0]
     reference, others = split_pieces(real, 12, CFG)
-    clips = clips_of(others, CFG)
-    rows = {"real": clips, "retrieved": clips_of([retrieved(p, CFG) for p in others], CFG),
-            "model": clips + 0.05 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0)),
-            "noise": noise_like(clips, torch.Generator().manual_seed(1))}
+    model = [p._replace(wave=p.wave + 0.05 * torch.randn(p.wave.shape, generator=torch.Generator().manual_seed(0)))
+             for p in others]
+    rows = make_rows(model, others, [retrieved(p, CFG) for p in others], CFG)
+    assert all(row.clips.shape == (12, BLOCK) and torch.equal(row.pieces, rows["real"].pieces) for row in rows.values())
     table = distances(rows, clips_of(reference, CFG), CFG, load_embedding("logmel"))
-    assert all(found["clips"] == 12 for found in table.values())
+    assert all(found["clips"] == 12 and found["pieces"] == len(others) for found in table.values())
     for measure in ("frechet", "frechet_infinity", "kernel"):
         assert table["real"][measure] < table["model"][measure] < table["noise"][measure]
         assert abs(table["retrieved"][measure] / table["real"][measure] - 1) < 0.2
     assert all(found["kernel_interval"][0] < found["kernel_interval"][1] for found in table.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*without full rank")
+def test_intervals_are_over_pieces_where_these_are_enough(music):
+    real = read_pieces(music / "real", CFG)[0]
+    row = Row.of(real[:6], CFG)
+    assert row.pieces.unique().tolist() == [0, 1, 2, 3, 4, 5] and len(row.pieces) == len(row.clips)
+    ear, reference = load_embedding("logmel"), clips_of(real[6:], CFG)
+    x = embed(ear, row.clips, CFG.sample_rate)
+    distance = kernel_distance_to(embed(ear, reference, CFG.sample_rate))
+    few = Row(row.clips, (row.pieces > 2).long())
+    table = distances({"many": row, "few": few}, reference, CFG, ear)
+    assert table["many"]["kernel_interval"] == interval(distance, x, groups=row.pieces)
+    assert table["few"]["kernel_interval"] == interval(distance, x)
 
 
 def test_a_measure_that_ranks_wrongly_is_told():
@@ -230,7 +247,8 @@ def test_floors_are_those_of_the_table_split_by_split(music, tmp_path):
     assert len(set(found["real"])) == len(set(found["model"])) == 3
     for n in range(3):
         reference, others = split_pieces(real, len(made), CFG, 5 + n)
-        table = distances({"real": clips_of(others, CFG), "model": made}, clips_of(reference, CFG), CFG, ear)
+        rows = {"real": Row.of(others, CFG), "model": Row(made, torch.arange(len(made)))}
+        table = distances(rows, clips_of(reference, CFG), CFG, ear)
         for row in table:
             assert found[row][n] == pytest.approx(table[row]["frechet"], rel=1e-4)
     far = floors(real, noise_like(made, torch.Generator().manual_seed(0)), CFG, ear, count=3)
@@ -385,8 +403,9 @@ def test_a_store_of_other_spectrograms_is_refused(music, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["nowhere", "real"], "nowhere is no folder of sound files, and there is no model 'nowhere'"),
     (["nano", "real", "--steps", "0", "--cache", "kept"], "num_steps"),
-    (["nano", "real", "--seconds", "1"], "hold no block"),
-    (["nano", "real", "--pieces", "0"], "hold no block"),
+    (["nano", "real", "--seconds", "1"], "hold no blocks"),
+    (["nano", "real", "--pieces", "0"], "hold no blocks"),
+    (["nano", "real", "--pieces", "1", "--seconds", "6.2"], "hold 3 blocks of 2.048 s; give 4 or more"),
     (["nano", "real", "--sampler", "best"], "no sampler 'best'"),
     (["nano", "nowhere"], "nowhere does not exist"),
     (["made", "nowhere"], "nowhere does not exist"),

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any, Protocol
 
 import soxr
@@ -155,9 +156,8 @@ def frechet_infinity(x: Tensor, reference: Moments, *, num_sizes: int = 6, repea
     for n in sizes:
         subsets = [torch.randperm(len(x), generator=generator)[:n] for _ in range(repeats if n < len(x) else 1)]
         distances.append(sum(_frechet(Moments.of(x[subset]), reference) for subset in subsets) / len(subsets))
-    inverse = torch.tensor([[1.0, 1 / n] for n in sizes], dtype=torch.float64)
-    value, slope = torch.linalg.lstsq(inverse, torch.tensor(distances, dtype=torch.float64)[:, None]).solution[:, 0]
-    return Extrapolation(float(value), float(slope), sizes, distances)
+    slope, value = linear_regression([1 / n for n in sizes], distances)  # in which no sum's order is left to chance
+    return Extrapolation(value, slope, sizes, distances)
 
 # %% ../nbs/09a_distance.ipynb #ff7379f7
 def median_distance(y: Tensor) -> float:
@@ -458,7 +458,12 @@ def load_embedding(name: str, device: str | None = None) -> Embedding:
     if name == "logmel":
         return LogMel()
     kind, _, file = name.partition("=")
-    return VGGish.load(file or None, device) if kind == "vggish" else Encoder(name, device)
+    if kind == "vggish":
+        return VGGish.load(file or None, device)
+    if "/" not in name and not Path(name).is_dir():  # or the Hub would be asked for every slip of the pen
+        raise ValueError(f"there is no embedding {name!r}; give logmel, vggish, vggish=FILE, or the folder or the Hub id "
+                         "(user/repo) of an audio encoder")
+    return Encoder(name, device)
 
 # %% ../nbs/09a_distance.ipynb #aeee1e9e
 def _claim(folder: Path, name: str) -> None:

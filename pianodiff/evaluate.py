@@ -788,7 +788,8 @@ def _distances_section(sets: _Sets, rows: dict[str, Row], reference: Tensor, ear
 
 def _music_section(rows: dict[str, Row], reference: Tensor, cfg: SpectrogramConfig) -> _Section:
     values, typical = {name: measure(row.clips, cfg) for name, row in rows.items()}, measure(reference, cfg)
-    profiles = {row: pitch_profile(found["pitch_classes"]) for row, found in {"reference": typical, **values}.items()}
+    profiles = {row: pitch_profile(found["pitch_classes"]) for row, found in {"reference": typical, **values}.items()
+                if found["pitch_classes"].any()}  # silence has none
     return _Section({"statistics": compare_statistics(values, typical), "pitch_classes": profiles},
                     {"statistics": plot_statistics(values, typical)})
 
@@ -898,6 +899,9 @@ def evaluate(
     Raises FileNotFoundError or ValueError for sources that can't be used or give too little, OSError if nothing can be
     written.
     """
+    if blocks < 1 or transpose < 0 or seed < 0 or not embeddings:
+        raise ValueError("blocks must be at least 1, transpose and seed at least 0, and an embedding be named; not "
+                         f"{blocks}, {transpose}, {seed} and {', '.join(embeddings) or 'none'}")
     out, sound, begin = Path(out), _is_sound(generated), time.perf_counter()
     home, cfg = Path(cache) if cache else out.with_suffix(".cache"), _spectrogram_of(generated, training)
     ears = [load_embedding(name) for name in embeddings]

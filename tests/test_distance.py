@@ -588,10 +588,12 @@ def test_what_is_no_encoder_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    for name in (str(tmp_path), str(tmp_path / "nowhere"), "no-such/model", "logmell"):
+    for name in (str(tmp_path), str(tmp_path / "nowhere"), "no-such/model"):
         with pytest.raises(ValueError, match="can't be loaded as an audio encoder") as caught:
             load_embedding(name)
         assert "\n" not in str(caught.value) and name in str(caught.value)
+    with pytest.raises(ValueError, match="no embedding 'logmell'; give logmel, vggish, "):
+        load_embedding("logmell")
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch):

@@ -461,8 +461,8 @@ def load_embedding(name: str, device: str | None = None) -> Embedding:
     if kind == "vggish":
         return VGGish.load(file or None, device)
     if "/" not in name and not Path(name).is_dir():  # or the Hub would be asked for every slip of the pen
-        raise ValueError(f"there is no embedding {name!r}; give logmel, vggish, vggish=FILE, or the folder or the Hub id "
-                         "(user/repo) of an audio encoder")
+        raise ValueError(f"there is no embedding {name!r}; give logmel, vggish, vggish=FILE, or the folder or the Hub "
+                         "id (user/repo) of an audio encoder")
     return Encoder(name, device)
 
 # %% ../nbs/09a_distance.ipynb #aeee1e9e

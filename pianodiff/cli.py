@@ -5,22 +5,26 @@ __all__ = ['Sampling', 'generate', 'continue_', 'prepare', 'train', 'snapshot', 
 
 # %% ../nbs/10_cli.ipynb #3ec753f5
 import io
+import json
+import re
+import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
+from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,12 +33,14 @@ if TYPE_CHECKING:
     from pianodiff.generate import Progress
 
 # %% ../nbs/10_cli.ipynb #4b2210c7
-def _check_output(path: Path, endings: Sequence[str]) -> None:
-    """Raise ValueError or OSError, naming the remedy, if `path` can't be written or has none of the endings."""
+def _check_output(path: Path, endings: Sequence[str], prompt: Path | None = None) -> None:
+    """Raise ValueError or OSError, naming the remedy, if `path` can't be written, ends otherwise, or is the prompt."""
     if path.suffix.lower() not in endings:
         raise ValueError(f"{path} must end in {' or '.join(endings)}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    if prompt and prompt.exists() and path.exists() and path.samefile(prompt):
+        raise ValueError(f"{path} is the recording itself, which would be lost; choose another name")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
@@ -50,7 +56,8 @@ def _progress_bar() -> Iterator[Callable[["Progress"], None]]:
 
     def report(progress: "Progress") -> None:
         if not bars:
-            bars.append(tqdm(total=(progress.num_blocks or 0) * progress.num_steps, unit="step"))
+            total, seen = (progress.num_blocks or 0) * progress.num_steps, sys.stderr and sys.stderr.isatty()
+            bars.append(tqdm(total=total, unit="step", mininterval=0.1 if seen else 10))
         bars[0].set_description(f"block {progress.block + 1} of {progress.num_blocks}", refresh=False)
         bars[0].update()
 
@@ -60,41 +67,33 @@ def _progress_bar() -> Iterator[Callable[["Progress"], None]]:
         for bar in bars:
             bar.close()
 
-# %% ../nbs/10_cli.ipynb #6a8948d8
-@contextmanager
-def _sound_file(path: Path, rate: int) -> Iterator[Callable[["Tensor"], Any]]:
-    """Takes pieces of sound `[t]` for a file that appears with all of them when this ends, or not at all."""
-    import soundfile
-
-    from pianodiff.audio import AUDIO_FORMATS, whole_file
-
-    try:
-        with whole_file(path) as part:
-            with soundfile.SoundFile(part, "w", rate, 1, format=AUDIO_FORMATS[path.suffix.lower()]) as file:
-                yield lambda piece: file.write(piece.clamp(-1, 1).numpy())
-                empty = not file.frames
-            if empty:
-                part.unlink()
-    except soundfile.LibsndfileError as error:
-        raise OSError(f"{path} can't be written ({error.error_string.rstrip('.')}); choose another place") from error
-
 # %% ../nbs/10_cli.ipynb #137d9d07
 @contextmanager
 def _pipe(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
-    """Takes pieces of sound `[t]` for standard output: a WAV stream of 16 bit, whose header leaves the length open."""
+    """Takes pieces of sound `[t]` for standard output: a WAV stream of 16 bit, whose header leaves the length open.
+
+    Raises SystemExit, with code 141, where the reader has closed the pipe.
+    """
     import soundfile
 
-    with open(sys.stdout.fileno(), "wb", closefd=False) as pipe:
-        pipe.write(struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 2**32 - 1, b"WAVEfmt ", 16, 1, 1, rate, 2 * rate, 2, 16,
-                               b"data", 2**32 - 1))
+    try:
+        with open(sys.stdout.fileno(), "wb", closefd=False) as pipe:
+            pipe.write(struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 2**32 - 1, b"WAVEfmt ", 16, 1, 1, rate, 2 * rate, 2, 16,
+                                   b"data", 2**32 - 1))
 
-        def write(piece: "Tensor") -> None:
-            data = io.BytesIO()
-            soundfile.write(data, piece.clamp(-1, 1).numpy(), rate, "PCM_16", "LITTLE", "RAW")
-            pipe.write(data.getvalue())
-            pipe.flush()
+            def write(piece: "Tensor") -> None:
+                data = io.BytesIO()
+                soundfile.write(data, piece.clamp(-1, 1).numpy(), rate, "PCM_16", "LITTLE", "RAW")
+                pipe.write(data.getvalue())
+                pipe.flush()
 
-        yield write
+            yield write
+    except BrokenPipeError:
+        sys.exit(141)
+    except OSError as error:
+        if error.filename or not error.errno:
+            raise  # it is about something else
+        raise OSError(f"standard output can't be written ({error.strerror}); give the name of a file") from error
 
 # %% ../nbs/10_cli.ipynb #da7d6c91
 def _device(rate: int) -> Any:
@@ -111,7 +110,7 @@ def _device(rate: int) -> Any:
 @contextmanager
 def _speakers(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
     """Takes pieces of sound `[t]` and plays them in another thread; ends when all are played, at Ctrl-C in 0.1 s."""
-    device, waiting, silent = _device(rate), deque[Future](), Event()
+    device, waiting, silent = _device(rate), deque[Future](), threading.Event()
     import sounddevice
 
     def sound(piece: "Tensor") -> None:
@@ -202,8 +201,10 @@ class _Made:
 
 def _hand_on(stream: Iterator["Tensor"], before: "Tensor", out: Path, rate: int, play: bool) -> _Made:
     """Write the pieces of a stream after what was `before`, and `play` them, while they come; Ctrl-C ends it."""
+    from pianodiff.audio import sound_file
+
     made = _Made()
-    with _pipe(rate) if out == _PIPE else _sound_file(out, rate) as write:
+    with _pipe(rate) if out == _PIPE else sound_file(out, rate) as write:
         try:
             with _speakers(rate) if play else nullcontext(len) as hear:
                 begin = time.perf_counter()
@@ -231,9 +232,11 @@ def _sample(how: Sampling, out: Path, prompt: Path | None) -> None:
     from pianodiff.generate import Piano
 
     if out != _PIPE:
-        _check_output(out, tuple(AUDIO_FORMATS))
+        _check_output(out, tuple(AUDIO_FORMATS), prompt)
+    elif not sys.stdout:
+        raise OSError("standard output is closed; give the name of a file, or a pipe: --out - | aplay")
     if how.image:
-        _check_output(how.image, (".png",))
+        _check_output(how.image, (".png",), prompt)
     seed = secrets.randbelow(2**31) if how.seed is None else how.seed
     piano = Piano.from_pretrained(how.model)
     rate = piano.cfg.sample_rate
@@ -331,7 +334,8 @@ def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
 
     begin = time.perf_counter()
     model = train_model(store, run, config, init=None if init is None else find_model(init), on_snapshot=snapshot)
-    print(f"{model}: trained on {config.images:,} blocks, {(time.perf_counter() - begin) / 60:.1f} minutes this time")
+    seen = json.loads((model / "config.json").read_text())["training"]["images"]
+    print(f"{model}: trained on {seen:,} blocks, {(time.perf_counter() - begin) / 60:.1f} minutes this time")
 
 # %% ../nbs/10_cli.ipynb #2ea28048
 def snapshot(model: Path, images: int) -> None:
@@ -427,15 +431,61 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0, 2 for input that can't be used (told in one line), 130 when interrupted."""
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP act as Ctrl-C does, in the main thread, unless they are handled or ignored (by nohup)."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = {getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP")}  # Windows has no SIGHUP
+    ours = [number for number in numbers if main_thread and signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _parse(args: Sequence[str]) -> Callable[[], None]:
+    """The command that a line asks for, bound to its arguments; ValueError for a line that can't be understood."""
     commands: dict[str, Callable[..., Any]] = {
         "generate": generate, "continue": continue_, "prepare": prepare, "train": train,
         "evaluate": evaluate, "info": info}
+
+    def later(command: Callable[..., Any]) -> Callable[..., Any]:
+        return wraps(command)(lambda *args, **flags: partial(command, *args, **flags))
+
+    said = io.StringIO()
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands, prog="pianodiff", description="Piano music from a diffusion model.", args=args,
-            config=(tyro.conf.AvoidSubcommands,))
+        with redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: later(command) for name, command in commands.items()}, prog="pianodiff",
+                description=f"Piano music from a diffusion model (pianodiff {__version__}).", args=args,
+                config=(tyro.conf.AvoidSubcommands,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub(r"\x1b\[[\d;]*m|[╭╮│╰╯]", "", said.getvalue())  # without colours and the sides of the box
+        *_, reason = re.split("[-─]{3,}", text)[:2]  # the first is the title, and advice follows
+        reason = " ".join(reason.split()).rstrip(".")
+        command = f"{args[0]} " if args and args[0] in commands else ""
+        raise ValueError(f"{reason}; see pianodiff {command}--help") from None
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code: 0, 2 for input that can't be used (told in one line), 130 when interrupted.
+
+    SIGTERM and SIGHUP interrupt as Ctrl-C does. Raises SystemExit after `--help`, and for a pipe without a reader.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any name of a file can be printed
+    if args == ["--version"]:
+        print(f"pianodiff {__version__}")
+        return 0
+    try:
+        with _stoppable():
+            _parse(args)()
     except (ValueError, OSError) as error:
         print(f"pianodiff: {_in_one_line(error)}", file=sys.stderr)
         return 2

@@ -3,6 +3,8 @@
 import heapq
 import io
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from pianodiff.audio import (
     load_audio,
     normalize_peak,
     save_audio,
+    sound_file,
     stream_wave,
     to_flac,
     to_magnitude,
@@ -151,6 +154,48 @@ def test_a_truncated_file_is_not_taken_for_a_whole_one(tmp_path, kind, part):
     one_line(error)
 
 
+def test_an_ogg_stream_needs_its_last_page(tmp_path):
+    whole = wav_bytes(np.random.default_rng(0).normal(0, 0.1, 100_000), "OGG", None)
+    assert len(load_audio(io.BytesIO(whole))) == 18_141
+    last = whole.rfind(b"OggS")
+    assert whole.count(b"OggS") > 5
+    for size in (last, last + 4, last + 20, last + 30, len(whole) - 2, whole.rfind(b"OggS", 0, last)):
+        (tmp_path / "cut.ogg").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="cut.ogg is truncated") as error:
+            load_audio(tmp_path / "cut.ogg")
+        one_line(error)
+
+
+@pytest.mark.parametrize("kind, mark, order", [("WAV", b"data", "little"), ("AIFF", b"SSND", "big")])
+def test_samples_that_go_on_beyond_the_file(kind, mark, order):
+    whole = bytearray(wav_bytes(sine(440, 44_100, 44_100), kind))
+    at = whole.find(mark) + 4
+    size = int.from_bytes(whole[at : at + 4], order)
+    whole[at : at + 4] = (2 * size).to_bytes(4, order)  # what the whole file's chunk says is true
+    with pytest.raises(ValueError, match="the sound is truncated: 88,.* of at least 176,"):
+        load_audio(io.BytesIO(bytes(whole)))
+
+
+def test_what_follows_the_samples_may_be_wrong():
+    odd = wav_bytes(np.full(4001, 0.5), subtype="PCM_U8", rate=8000)[: 44 + 4001]  # no byte fills it up
+    assert len(load_audio(io.BytesIO(odd + b"LIST\4\0\0\0INFO"))) == 4001
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), 0, -8000, 0.5, 8000.5])
+def test_a_rate_that_is_none(rate):
+    with pytest.raises(ValueError, match="sample_rate must be a whole number of at least 1, not ") as error:
+        load_audio(io.BytesIO(wav_bytes(np.full(100, 0.5))), rate)
+    one_line(error)
+
+
+def test_a_recording_is_not_made_a_hundred_times_as_long(tmp_path):
+    (tmp_path / "slow.wav").write_bytes(wav_bytes(np.full(20_000, 0.5), rate=1))
+    with pytest.raises(ValueError, match="slow.wav has 1 samples a second, too few for 8,000") as error:
+        load_audio(tmp_path / "slow.wav")
+    one_line(error)
+    assert len(load_audio(tmp_path / "slow.wav", 100)) == 2_000_000
+
+
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF024])
 def test_a_wav_from_a_pipe_has_no_size_and_is_read(size):
     whole = bytearray(wav_bytes(sine(440, 44_100, 44_100)))
@@ -227,19 +272,66 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypat
     with pytest.raises(ValueError, match="x.mp3 can't be written"):  # no such rate in MP3
         save_audio(tmp_path / "x.mp3", torch.zeros(100), 7000)
 
-    def full(self, data):
-        with open(self, "wb") as file:
-            file.write(data[: len(data) // 2])
+    def full(self, samples):
         raise OSError(28, "No space left on device")
 
     save_audio(tmp_path / "kept.wav", torch.full((100,), 0.5))
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(soundfile.SoundFile, "write", full)
     for name in ("kept.wav", "new.wav"):
         with pytest.raises(ValueError, match=rf"{name} can't be written \(No space left on device\)") as error:
             save_audio(tmp_path / name, torch.zeros(100))
         one_line(error)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.wav", "kept.wav"]
     assert load_audio(tmp_path / "kept.wav").max() > 0.4
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="limits of a process are POSIX's")
+@pytest.mark.parametrize("ending", AUDIO_FORMATS)
+def test_libsndfiles_system_error_is_given_its_name(tmp_path, ending):
+    code = """import resource, sys, torch
+from pianodiff.audio import save_audio
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    save_audio(sys.argv[1], torch.rand(50_000))
+except ValueError as error:
+    print(error)"""
+    path = tmp_path / f"new{ending}"
+    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=600)
+    assert told.stdout == f"{path} can't be written (File too large); choose another place\n", told.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_name_the_file_and_not_its_part(tmp_path):
+    def told(number, *name):
+        with pytest.raises(OSError) as error, whole_file(tmp_path / "x"):
+            raise OSError(number, "why", *name)
+        return error.value
+
+    full = told(28)
+    assert full.errno == 28 and full.strerror == f"{tmp_path / 'x'} can't be written (why); choose another place"
+    assert told(2, "prompt").filename == "prompt"  # it is about something else
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder can't be written") as error:
+        write_whole(tmp_path / "folder", b"data")
+    assert ".part" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", AUDIO_FORMATS)
+def test_long_sounds_and_pieces(tmp_path, ending):
+    """libsndfile's Vorbis lays the first write on the stack: of more than 2**21 samples it crashed."""
+    long = torch.sin(torch.arange(2_500_000) / 10)
+    save_audio(tmp_path / f"a{ending}", long)
+    with sound_file(tmp_path / f"b{ending}", 8000) as write:
+        write(long[:2_300_000])
+        write(long[2_300_000:])
+    assert soundfile.info(tmp_path / f"a{ending}").frames == soundfile.info(tmp_path / f"b{ending}").frames == len(long)
+    assert (load_audio(tmp_path / f"a{ending}") - 0.999 * long).abs().max() < 0.2
+
+
+def test_without_pieces_there_is_no_file(tmp_path):
+    with sound_file(tmp_path / "x.wav", 8000):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_whole_whoever_else_writes_it(tmp_path):

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -97,11 +99,11 @@ def test_what_exceeds_full_scale_is_clipped(model, monkeypatch):
     torch.testing.assert_close(load_audio("piano.wav"), wave.clamp(-1, 1), atol=1e-4, rtol=0)
 
 
-def shell(model: str, *flags: str, **how) -> subprocess.Popen:
+def shell(model: str, *flags: str, encoding: str = "utf-8", **how) -> subprocess.Popen:
     """The command in a process of its own, which is killed after ten minutes, so that no pipe is read for ever."""
     command = [sys.executable, "-m", "pianodiff.cli", "generate", "--model", model, "--steps", "2", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)}, **how)
+                               env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}, **how)
     watch = threading.Timer(600, process.kill)  # does nothing to one that has ended
     watch.daemon = True
     watch.start()
@@ -123,7 +125,20 @@ def test_a_pipe_gets_sound_before_the_end_and_may_close(model):
     assert len(process.stdout.read(44 + 2 * 1000)) == 2044  # most of it lies hours ahead
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait() == 2 and err.splitlines()[-1] == b"pianodiff: Broken pipe" and b"Traceback" not in err
+    assert process.wait() == 141 and b"pianodiff" not in err and b"Error" not in err  # nothing but the bar
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_pipe_that_is_full_or_closed(model):
+    def run(redirection):
+        command = f"{sys.executable} -m pianodiff.cli generate --model {model} --seconds 0.25 --steps 2 --out -"
+        done = subprocess.run(f"{command} {redirection}", shell=True, capture_output=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 2
+        return done.stderr.decode()
+
+    assert run(">&-").startswith("pianodiff: standard output is closed; give the name of a file")  # before the work
+    assert "\npianodiff: standard output can't be written (No space left on device); " in run(">/dev/full")
 
 
 class Device:
@@ -272,6 +287,18 @@ def test_bad_prompts(model, capsys, name, message):
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.parametrize("out", ["./mine.wav", "link.wav", "hard.wav"])
+def test_the_recording_is_not_replaced(model, capsys, monkeypatch, out):
+    save_audio("mine.wav", example_performance(1, seed=0))
+    os.symlink("mine.wav", "link.wav")
+    os.link("mine.wav", "hard.wav")
+    monkeypatch.setattr("pianodiff.generate.Piano.from_pretrained", lambda *args: pytest.fail("too late"))
+    before = Path("mine.wav").read_bytes()
+    message = refused(capsys, make(model, "--out", out, command=("continue", "mine.wav")))
+    assert "is the recording itself, which would be lost; choose another name" in message
+    assert Path("mine.wav").read_bytes() == before and Path("link.wav").is_symlink()
+
+
 def test_a_damaged_model(model, capsys):
     weights = Path(model, "model.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -284,34 +311,58 @@ def test_a_disk_that_fills_leaves_no_half_file(model, capsys, monkeypatch):
 
     monkeypatch.setattr("os.replace", full)
     status = make(model, "--image", "piano.png")
-    assert status == 2 and "No space left on device" in capsys.readouterr().err
+    assert status == 2 and "piano.wav: No space left on device" in capsys.readouterr().err
     assert not os.listdir()
 
 
-def test_usage_errors(capsys):
-    for args in (["generate", "--seconds", "long"], ["genrate"], []):
-        with pytest.raises(SystemExit) as stop:
-            main(args)
-        assert stop.value.code == 2
-        assert "Traceback" not in capsys.readouterr().err
+@pytest.mark.parametrize(("line", "message"), [
+    ("generate --seconds long", "--seconds: could not convert string to float: 'long'; see pianodiff generate --help"),
+    ("generate --steps 1.5", "--steps: .* '1.5'; see pianodiff generate --help"),
+    ("generate --tempo 3", "--tempo.*; see pianodiff generate --help"),
+    ("continue", "SOUND.*; see pianodiff continue --help"),
+    ("train store run --lr fast", "--lr: .* 'fast'; see pianodiff train --help"),
+    ("genrate", "genrate.*; see pianodiff --help"),
+    ("", "generate, continue.*; see pianodiff --help"),
+])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # in which tyro draws its box
+def test_usage_errors(capsys, monkeypatch, line, message, encoding):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    assert re.match(f"pianodiff: [A-Z][^─│]*{message}\n$", refused(capsys, main(line.split())))
 
 
-def interrupted(process: subprocess.Popen, block: bytes) -> bytes:
-    """Standard error of a command that gets Ctrl-C once its bar shows a block that matches the pattern."""
-    shown = b""
-    while not re.search(block, shown):
-        shown += process.stderr.read(1)
-        assert process.poll() is None, shown
-    process.send_signal(signal.SIGINT)
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pianodiff {pianodiff.__version__}\n"
+
+
+def test_any_name_can_be_printed(model):
+    process = shell(model, "--seconds", "0.25", "--seed", "3", "--out", "Flügel.wav", encoding="ascii")
+    out, err = process.communicate()
+    assert process.returncode == 0 and out.startswith(rb"Fl\xfcgel.wav: 0.25 s of new music"), err
+    assert os.listdir() == ["Flügel.wav"]
+
+
+def test_a_log_gets_few_bars(model, capsys):
+    assert make(model, "--seconds", "4") == 0
+    assert capsys.readouterr().err.count("step/s]") <= 3  # of 126 steps
+
+
+def interrupted(process: subprocess.Popen, number: int, ready: Callable[[], bool]) -> None:
+    """Interrupt a command once it is ready."""
+    while not ready():
+        time.sleep(0.02)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
     rest = process.stderr.read()
     assert process.wait() == 130 and b"Traceback" not in rest
     assert rest.splitlines()[-1] == b"pianodiff: interrupted"
-    return rest
 
 
-def test_interrupted(model):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_interrupted(model, name):
     process = shell(model, "--seed", "3", "--seconds", "80000", "--out", "piano.flac")
-    interrupted(process, rb"block \d\d")    # the bar leaves out some
+    number = getattr(signal, name)
+    interrupted(process, number, lambda: any(part.stat().st_size > 20_000 for part in Path().iterdir()))
     told = re.match(rb"piano.flac: (.*) s of new music, seed 3, made in", process.stdout.read())
     kept = load_audio("piano.flac")
     assert os.listdir() == ["piano.flac"] and len(kept) == round(8000 * float(told[1])) >= 8 * 512 - 256
@@ -321,8 +372,26 @@ def test_interrupted(model):
 
 def test_interrupted_before_there_is_a_sound(model):
     Path("piano.wav").write_text("what was there before")
-    interrupted(shell(model, "--seconds", "80000", "--steps", "100000"), b"block 1 ")
+    interrupted(shell(model, "--seconds", "80000", "--steps", "10000"), signal.SIGINT, lambda: len(os.listdir()) == 2)
     assert os.listdir() == ["piano.wav"] and Path("piano.wav").read_text() == "what was there before"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX's signals")
+def test_signals_are_as_they_were(model, monkeypatch):
+    """What nohup ignores stays ignored, and afterwards all is as before."""
+    seen = []
+    numbers = signal.SIGTERM, signal.SIGHUP
+    monkeypatch.setattr("pianodiff.generate.Piano.stream",
+                        lambda *args, **how: seen.extend(map(signal.getsignal, numbers)) or iter([]))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert make(model) == 0
+        assert seen == [signal.default_int_handler, signal.SIG_IGN]
+        assert [*map(signal.getsignal, numbers)] == [signal.SIG_DFL, signal.SIG_IGN]
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(make, model).result() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")

@@ -12,9 +12,11 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -172,35 +174,76 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 # %% ../nbs/03_data.ipynb #f24e9274
+_FILES = ("audio_filename", "midi_filename")
+_COLUMNS = {"split", "canonical_composer", "canonical_title", *_FILES}
+
+
+def _is_index(name: str, data: bytes) -> bool:
+    """Whether a CSV or JSON file means to be MAESTRO's index, truncated or in UTF-16 as it may be."""
+    text = data.decode("ascii", "ignore").replace("\0", "")
+    names = re.findall(r'"(\w+)"\s*:', text) if name.endswith(".json") else re.findall(r"\w+", text.partition("\n")[0])
+    return name.rpartition("/")[2].startswith("maestro-v") or not _COLUMNS.isdisjoint(names)
+
+
 def _index_rows(text: str, is_json: bool) -> list[dict[str, Any]]:
-    """Rows of MAESTRO's index: a CSV table, or JSON with one {row: value} mapping for each column."""
-    if not is_json:
-        return list(csv.DictReader(io.StringIO(text)))
-    columns = json.loads(text)
-    return [{name: column[row] for name, column in columns.items()} for row in columns["split"]]
+    """Rows of MAESTRO's index: a CSV table, or JSON with one {row: value} mapping for each column.
+
+    Raises ValueError (or csv.Error) for what is neither, lacks a column or all rows, or has a row with a gap.
+    """
+    if is_json:
+        columns = json.loads(text)
+        if not isinstance(columns, dict) or not all(isinstance(column, dict) for column in columns.values()):
+            raise ValueError("it has not one {row: value} mapping for each column")
+        numbers = dict.fromkeys(number for column in columns.values() for number in column)
+        rows = [{name: column[n] for name, column in columns.items() if n in column} for n in numbers]
+    else:
+        table = csv.DictReader(io.StringIO(text))
+        rows = [{name: value for name, value in row.items() if value is not None} for row in table]
+        columns = dict.fromkeys(table.fieldnames or ())
+    for alternatives in (("split",), _FILES):
+        if columns.keys().isdisjoint(alternatives):
+            raise ValueError(f"it has no column {' or '.join(alternatives)}")
+    if not rows:
+        raise ValueError("it has no rows")
+    for number, row in enumerate(rows, start=1):
+        if row.keys() != columns.keys():
+            raise ValueError(f"row {number} has not one value for each column")
+    return rows
 
 
 def _indexed(row: dict[str, Any], folder: str, files: set[str]) -> Recording:
-    """A row's recording. Raises ValueError for a row without a file, a known split or a duration that is a number."""
-    paths = [_join(folder, row[key]) for key in ("audio_filename", "midi_filename") if row.get(key)]
-    if not paths:
+    """A row's recording. Raises ValueError for a row without a file, a known split or a duration in seconds."""
+    names = [row[key] for key in _FILES if row.get(key)]
+    if not names:
         raise ValueError("names no file; give it an audio_filename")
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"names the file {names}; give a name")
     if row["split"] not in SPLITS:
         raise ValueError(f"has the split {row['split']!r}; choose of {', '.join(SPLITS)}")
-    title = ": ".join(row[key] for key in ("canonical_composer", "canonical_title") if row.get(key))
+    try:
+        duration = float(row.get("duration") or 0)
+    except (ValueError, TypeError, OverflowError):
+        duration = math.nan
+    if not 0 <= duration < math.inf:
+        raise ValueError(f"has the duration {row['duration']!r}; give seconds")
+    title = ": ".join(str(row[key]) for key in ("canonical_composer", "canonical_title") if row.get(key))
+    paths = [_join(folder, name) for name in names]
     path = next((path for path in paths if path in files), paths[0])
-    return Recording(path, row["split"], title, float(row.get("duration") or 0))
+    return Recording(path, row["split"], title, duration)
 
 
 def _read_index(fs: fsspec.AbstractFileSystem, root: str, files: list[str]) -> list[Recording]:
-    """The recordings that an index in MAESTRO's layout lists; none where there is no such index."""
+    """The recordings that an index in MAESTRO's layout lists; none where there is no such index.
+
+    Raises ValueError for an index that can't be used.
+    """
     for index in sorted((f for f in files if f.endswith((".csv", ".json"))), key=lambda f: (f.count("/"), f)):
-        try:
-            rows = _index_rows(fs.cat_file(_join(root, index)).decode("utf-8-sig"), index.endswith(".json"))
-        except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
+        if not _is_index(index, data := fs.cat_file(_join(root, index))):
             continue  # another table
-        if not rows or "split" not in rows[0] or not {"audio_filename", "midi_filename"} & rows[0].keys():
-            continue
+        try:
+            rows = _index_rows(data.decode("utf-8-sig"), index.endswith(".json"))
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"the index {index} can't be used ({_reason(error)}); mend or remove it") from error
         found, known = [], set(files)
         for number, row in enumerate(rows, start=1):
             try:
@@ -231,24 +274,33 @@ def find_recordings(source: str | os.PathLike) -> list[Recording]:
 
     `source` is a folder, a zip file or a URL that fsspec opens (section III-B, 1). A row of an index stands for its
     audio file or, where that is missing, for its MIDI file. Raises FileNotFoundError if the source is missing,
-    ValueError if it is damaged, holds no music, or has an index with a row that can't be used.
+    ValueError if it is damaged, holds no music, or has an index that can't be used.
     """
+    return _find(source)[0]
+
+
+def _find(source: str | os.PathLike) -> tuple[list[Recording], bool]:
+    """The recordings, and whether an index lists them."""
     _open_source.cache_clear()
     fs, root = _open_source(_absolute(source))
     files = [f[len(root) :].lstrip("/") for f in fs.find(root)]
-    files = [f for f in files if not any(part.startswith((".", "__MACOSX")) for part in f.split("/"))]
-    found = _read_index(fs, root, files) or _split_by_file(files)
+    ignored = (".", "__MACOSX", "zarr.json")  # the last is of a store that lies inside
+    files = [f for f in files if not any(part.startswith(ignored) for part in f.split("/"))]
+    listed = _read_index(fs, root, files)
+    found = listed or _split_by_file(files)
     if not found:
         raise ValueError(f"{source} has no index in MAESTRO's layout and no sound file; give another folder or zip")
     by_id = {recording.id: recording for recording in found}
     for recording in found:
         if by_id[recording.id] is not recording:
             raise ValueError(f"{source} lists {recording.path} twice; list each recording once")
-    return found
+    return found, bool(listed)
 
 
 def _absolute(path: str | os.PathLike) -> str:
     """A local path in full, since a worker may be at home in another folder; a URL as it is."""
+    if not str(path):
+        raise ValueError("a path is empty; give the name of a folder, or a URL")
     return str(path) if "://" in str(path) else os.path.abspath(path)
 
 # %% ../nbs/03_data.ipynb #31f85833
@@ -322,14 +374,15 @@ def _open_group(store: str | os.PathLike, mode: Literal["r", "r+"]) -> zarr.Grou
     except (FileNotFoundError, FileExistsError, zarr.errors.ContainsArrayError) as error:  # none, a file, an array
         raise FileNotFoundError(f"{store} is not a spectrogram store; make one with `pianodiff prepare`") from error
     except Exception as error:  # damaged metadata, a library, credentials or a network that is missing
-        raise ValueError(f"the store {store} can't be opened ({_reason(error)}); check the address and your access, "
-                         "or make it anew with `pianodiff prepare`") from error
+        raise ValueError(f"the store {store} can't be opened ({type(error).__name__}: {_reason(error)}); check the "
+                         "address, your access and its zarr.json, or make it anew with `pianodiff prepare`") from error
 
 
 def _attributes(group: zarr.Group, store: str | os.PathLike) -> dict[str, Any]:
     about: dict[str, Any] = dict(group.attrs.asdict())
-    if about.get("pianodiff_store") != STORE_FORMAT:
-        raise ValueError(f"{store} is not a spectrogram store of format {STORE_FORMAT}; "
+    kept = about.get("pianodiff_store"), type(about.get("source")), type(about.get("spectrogram"))
+    if kept != (STORE_FORMAT, str, dict):
+        raise ValueError(f"{store} is not a spectrogram store of format {STORE_FORMAT}, or damaged; "
                          "make one in another folder with `pianodiff prepare`")
     return about
 
@@ -337,10 +390,14 @@ def _attributes(group: zarr.Group, store: str | os.PathLike) -> dict[str, Any]:
 def open_store(store: str | os.PathLike) -> Store:
     """A store's facts. Raises FileNotFoundError if there is none, ValueError if half-written or of another format."""
     about = _attributes(_open_group(store, "r"), store)
-    if not about["complete"]:
+    if not about.get("complete") or not {"mean", "std", "recordings"} <= about.keys():
         raise ValueError(f"{store} is half-written; run the same `pianodiff prepare` again, it will go on")
-    return Store(str(store), SpectrogramConfig(**about["spectrogram"]), about["mean"], about["std"], about["source"],
-                 tuple(about["recordings"]))
+    try:
+        return Store(str(store), SpectrogramConfig(**about["spectrogram"]), float(about["mean"]), float(about["std"]),
+                     about["source"], tuple(about["recordings"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the attributes of {store} are damaged ({_reason(error)}); "
+                         "make it anew with `pianodiff prepare`") from error
 
 # %% ../nbs/03_data.ipynb #d289f2d2
 def read_recording(
@@ -372,6 +429,11 @@ def _writing(store: str) -> Iterator[None]:
                       "what is finished is kept: make room, or give another place, and run again") from error
 
 
+def _histogram(codes: np.ndarray) -> list[int]:
+    """How often each of the 256 codes occurs."""
+    return torch.bincount(torch.from_numpy(codes).flatten(), minlength=256).tolist()
+
+
 def _codes(wave: Tensor, cfg: SpectrogramConfig) -> np.ndarray:
     """The spectrogram of `wave` `[T]` in 256 steps, uint8 `[frames, n_bins]`."""
     threads = torch.get_num_threads()
@@ -397,10 +459,13 @@ def _prepare_one(
         codes = _codes(normalize_peak(wave)[0], cfg)
     except (ValueError, FileNotFoundError) as error:
         return {"error": str(error)}
-    about = {"id": recording.id, "split": recording.split, "title": recording.title, "frames": len(codes),
-             "histogram": np.bincount(codes.ravel(), minlength=256).tolist()}
+    about: dict[str, Any] = {"id": recording.id, "split": recording.split, "title": recording.title,
+                             "frames": len(codes), "histogram": _histogram(codes)}
     with _writing(store):
         group = _open_group(store, "r+")
+        old = group.get(recording.id)
+        if old is not None and "histogram" in old.attrs:  # by another run meanwhile, and never to be left half-written
+            return dict(old.attrs.asdict())
         array = group.create_array(recording.id, data=codes, chunks=(1024, cfg.n_bins), overwrite=True)
         array.update_attributes(about)  # last: an array with a histogram is a finished one
     return about
@@ -441,14 +506,25 @@ def _run(
                 pool.shutdown(cancel_futures=True)
 
 
+def _client(address: str) -> Any:
+    """A connection to a Dask scheduler. Raises ValueError if Dask is missing, ConnectionError if nobody answers."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ValueError("a cluster needs Dask; install it with `pip install pianodiff[dask]`") from error
+    try:
+        return Client(address)
+    except Exception as error:  # no address, or nobody there
+        raise ConnectionError(f"no scheduler answers at {address}; check the address ({_reason(error)})") from error
+
+
 def _run_on_cluster(
     work: Callable[[Recording], dict[str, Any]], todo: Sequence[Recording], address: str, died: str
 ) -> Iterator[tuple[Recording, dict[str, Any]]]:
-    try:
-        import distributed
-    except ImportError as error:
-        raise ValueError("a cluster needs Dask; install it with `pip install pianodiff[dask]`") from error
-    with distributed.Client(address) as client:
+    client = _client(address)
+    import distributed
+
+    with client:
         pending = dict(zip(client.map(work, todo), todo, strict=True))
         try:
             yield from ((pending[done], done.result()) for done in distributed.as_completed(pending))
@@ -474,6 +550,15 @@ def _claim_store(store: str, cfg: SpectrogramConfig, source: str) -> zarr.Group:
     return group
 
 
+def _finished(group: zarr.Group) -> dict[str, dict[str, Any]]:
+    """The attributes of each finished array, by its name. Raises ValueError for one whose metadata are damaged."""
+    try:
+        return {name: dict(a.attrs.asdict()) for name, a in group.arrays() if "histogram" in a.attrs}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"a zarr.json in the store {group.store} is damaged ({_reason(error)}); "
+                         "delete its folder and run again") from error
+
+
 def _summary(finished: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The store's index, and mean and standard deviation over the training split (over all if there is none)."""
     finished = sorted(finished, key=lambda r: (r["split"], r["id"]))
@@ -490,7 +575,9 @@ def _wanted(source: str, splits: Iterable[str] | None) -> tuple[list[Recording],
     wanted = {splits} if isinstance(splits, str) else set(splits or SPLITS)
     if unknown := wanted - set(SPLITS):
         raise ValueError(f"there is no split {', '.join(sorted(unknown))}; choose of {', '.join(SPLITS)}")
-    recordings = find_recordings(source)
+    recordings, listed = _find(source)
+    if not listed:
+        print(f"{source} has no index in MAESTRO's layout: a hash of the files' names splits them", file=sys.stderr)
     found = [r for r in recordings if r.split in wanted]
     if not found:
         raise ValueError(f"{source} has no recordings of the splits {', '.join(sorted(wanted))}; choose others")
@@ -500,16 +587,22 @@ def _wanted(source: str, splits: Iterable[str] | None) -> tuple[list[Recording],
 def _take_in(
     results: Iterable[tuple[Recording, dict[str, Any]]], todo: Sequence[Recording]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """What was made of each recording, by id, and why others can't be used, by path; a bar counts the hours."""
-    made, skipped, seconds = {}, {}, {r.id: math.ceil(r.duration) or 1 for r in todo}
-    with tqdm(total=sum(seconds.values()), unit_scale=1 / 3600, desc="prepare",
-              bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} h [{elapsed}<{remaining}]") as bar:
+    """What was made of each recording, by id, and why others can't be used, by path.
+
+    A bar counts the hours, or the recordings where there is less than an hour or a duration isn't known.
+    """
+    made, skipped, hours = {}, {}, {r.id: r.duration / 3600 for r in todo}
+    count, unit = "{n:.1f}/{total:.1f}", "h"
+    if sum(hours.values()) < 1 or not all(hours.values()):
+        hours, count, unit = dict.fromkeys(hours, 1), "{n}/{total}", "recordings"
+    with tqdm(total=sum(hours.values()), desc="prepare", mininterval=0.1 if sys.stderr.isatty() else 10,
+              bar_format=f"{{l_bar}}{{bar}}| {count} {unit} [{{elapsed}}<{{remaining}}]") as bar:
         for recording, result in results:
             if "error" in result:
                 skipped[recording.path] = result["error"]
             else:
                 made[recording.id] = result
-            bar.update(seconds[recording.id])
+            bar.update(hours[recording.id])
     return made, skipped
 
 # %% ../nbs/03_data.ipynb #4e78dae6
@@ -530,22 +623,34 @@ def prepare(
     processes do the work (as many as there are cores), or the Dask cluster at `cluster`, which must see both places.
     The result tells `hours` of sound by split, `recordings` in the store, how many are `new`, the store's `bytes`, and
     in `skipped` the reason for each recording that can't be used. Raises FileNotFoundError or ValueError for a source,
-    store or soundfont that can't be used, OSError if the store can't be written or a worker dies.
+    store or soundfont that can't be used, OSError if the store can't be written, a worker dies or no cluster answers.
     """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs is {jobs}; give 1 or more, or leave it out")
     source, store = _absolute(source), _absolute(store)
     recordings, found = _wanted(source, splits)
     if any(r.path.lower().endswith(MIDI_ENDINGS) for r in found):
         soundfont = find_soundfont(soundfont)
+    if cluster:
+        _client(cluster).close()  # while there is no store yet
+    fs, root = fsspec.core.url_to_fs(store)
+    ours = [path for path in (f"{root}/zarr.json", root) if not fs.exists(path)]
     group = _claim_store(store, cfg, source.rstrip("/").rpartition("/")[2])
-    finished: dict[str, dict[str, Any]] = {
-        array_id: dict(array.attrs.asdict()) for array_id, array in group.arrays() if "histogram" in array.attrs}
+    finished = _finished(group)
+    if strangers := finished.keys() - {r.id for r in recordings}:
+        raise ValueError(f"the store {store} holds {min(strangers)}, which {source} lacks; "
+                         "give another folder, or delete it in the store")
     todo = sorted((r for r in found if r.id not in finished), key=lambda r: -r.duration)  # so that cores end together
     work = partial(_prepare_one, source=source, store=store, cfg=cfg, soundfont=str(soundfont) if soundfont else None)
-    new, skipped = _take_in(_run(work, todo, jobs or os.cpu_count() or 1, cluster), todo)
-    finished |= new
-    fs, root = fsspec.core.url_to_fs(store)
+    try:
+        new, skipped = _take_in(_run(work, todo, jobs or os.cpu_count() or 1, cluster), todo)
+    except KeyboardInterrupt:
+        print("what is finished is kept: run the same again, and it goes on", file=sys.stderr)
+        raise
+    finished |= _finished(group)  # by other runs too
     if not finished:
-        fs.rm(root, recursive=True)
+        for path in ours[-1:]:
+            fs.rm(path, recursive=True)
         path, reason = next(iter(skipped.items()))
         raise ValueError(f"none of the {len(found)} recordings in {source} can be used; {path}: {reason}")
     for r in recordings:  # the index of today decides what was prepared earlier
@@ -563,7 +668,8 @@ class BlockDataset(Dataset):
     An item is {"spec": `[1, F, W]`, "prev": `[1, F, W]`, "has_prev": bool} with values in [0, 1]. Where a recording has
     no whole block before, `has_prev` is False and `prev` is zero. With `random_offset` a block starts up to one block
     later than on the grid, drawn anew each time from torch's generator; `in_memory` keeps the whole split in memory
-    (0.06 GB an hour at 256 rows). Raises what `open_store` raises, and ValueError for a split without recordings.
+    (0.06 GB an hour at 256 rows). Raises what `open_store` raises, and ValueError for a split without recordings; where
+    the store is damaged, ValueError at once if `in_memory`, else with the first block that is touched.
     """
 
     def __init__(self, store: str | os.PathLike, split: str, *, random_offset: bool, in_memory: bool = False) -> None:
@@ -574,8 +680,9 @@ class BlockDataset(Dataset):
         self._arrays: dict[int, Any] = {}
         self._process = os.getpid()
         self._loaded: list[np.ndarray] = []
+        self._intact: set[int] = set()
         if in_memory:
-            self._loaded = [self._array(which)[:] for which in range(len(self._recordings))]
+            self._loaded = [self._read(which, slice(None)) for which in range(len(self._recordings))]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -593,23 +700,48 @@ class BlockDataset(Dataset):
         first = int(self._ends[which - 1]) if which else 0
         start = min((index - first) * width + offset, self._recordings[which]["frames"] - width)
         has_prev = start >= width
-        codes = self._array(which)[start - width if has_prev else start : start + width]
+        frames = slice(start - width if has_prev else start, start + width)
+        codes = self._loaded[which][frames] if self._loaded else self._read(which, frames)
         spec = torch.from_numpy(codes.T.astype(np.float32) / 255)[None]
         prev = spec[..., :width] if has_prev else torch.zeros_like(spec)
         return {"spec": spec[..., -width:], "prev": prev, "has_prev": has_prev}
 
+    def _read(self, which: int, frames: slice) -> np.ndarray:
+        """Frames of a recording. Raises ValueError if it is damaged.
+
+        Zarr reads a chunk that is missing as zeros, and that is silence: where a block begins or ends in silence, as
+        where all frames are read, the whole recording must have the histogram that was stored with it, once.
+        """
+        try:
+            array = self._array(which)
+            codes = array[frames]
+            whole = codes.shape == array.shape
+            if which not in self._intact and (whole or not codes[[0, -1]].any(axis=1).all()):
+                if _histogram(codes if whole else array[:]) != array.attrs["histogram"]:
+                    raise ValueError("frames are missing or changed")
+                self._intact.add(which)
+            return codes
+        except OSError:  # an array that is missing, a connection that is lost
+            raise
+        except Exception as error:
+            place = f"{self.info.url}/{self._recordings[which]['id']}"
+            raise ValueError(f"the store {self.info.url} is damaged in {place} ({_reason(error)}): delete that and run "
+                             "the same `pianodiff prepare` again") from error
+
     def _array(self, which: int) -> Any:
-        if self._loaded:
-            return self._loaded[which]
         if self._process != os.getpid():  # a connection does not outlive a fork
             self._arrays, self._process = {}, os.getpid()
         if which not in self._arrays:
             name = self._recordings[which]["id"]
             try:
-                self._arrays[which] = _open_group(self.info.url, "r")[name]
+                array: Any = _open_group(self.info.url, "r")[name]
             except KeyError as error:
                 raise FileNotFoundError(f"the store {self.info.url} lacks {name}; copy it again, "
                                         "or run the same `pianodiff prepare` again") from error
+            shape = self._recordings[which]["frames"], self.info.cfg.n_bins
+            if array.shape != shape or "histogram" not in array.attrs:
+                raise ValueError("it is half-written, or of another length")
+            self._arrays[which] = array
         return self._arrays[which]
 
 # %% ../nbs/03_data.ipynb #d8731fe8

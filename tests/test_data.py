@@ -29,7 +29,10 @@ from pianodiff.audio import SpectrogramConfig, load_audio, normalize_peak, save_
 from pianodiff.data import (
     SPLITS,
     BlockDataset,
+    Recording,
+    _prepare_one,
     _run,
+    _take_in,
     ahead,
     find_recordings,
     find_soundfont,
@@ -147,7 +150,7 @@ def test_what_a_store_holds(music, store, tmp_path):
     assert again["bytes"] == sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
 
 
-def test_a_plain_folder_is_split_by_file(tmp_path):
+def test_a_plain_folder_is_split_by_file(tmp_path, capsys):
     (tmp_path / "music/deeper").mkdir(parents=True)
     for seed in range(11):
         save_audio(tmp_path / f"music/{'deeper/' * (seed % 2)}{seed}.{['wav', 'flac'][seed % 2]}", sound(seed, 0.2))
@@ -158,12 +161,18 @@ def test_a_plain_folder_is_split_by_file(tmp_path):
     (tmp_path / "music/list.json").write_text("[1, 2]")
     report = prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
     assert (report["recordings"], report["skipped"]) == (11, {})
+    assert "music has no index in MAESTRO's layout: a hash of the files' names splits them\n" in capsys.readouterr().err
     counts = {split: len(open_store(tmp_path / "store").of(split)) for split in SPLITS}
     assert counts == {"train": 9, "validation": 1, "test": 1}
     moved = shutil.copytree(tmp_path / "music/deeper", tmp_path / "moved/elsewhere").parent
     shutil.copytree(tmp_path / "music", moved / "music", ignore=shutil.ignore_patterns("deeper"))
     by_name = [{Path(r.path).name: r.split for r in find_recordings(place)} for place in (tmp_path / "music", moved)]
     assert by_name[0] == by_name[1]
+
+
+def test_a_store_may_lie_in_the_folder_that_it_is_made_of(tmp_path):
+    save_audio(tmp_path / "a.wav", sound(0, 0.2))
+    assert [prepare(tmp_path, tmp_path / "store", CFG, jobs=1)["new"] for _ in range(2)] == [1, 0]
 
 
 def test_names_in_any_script_and_of_any_length(tmp_path):
@@ -371,6 +380,49 @@ def test_adding_to_a_store_leaves_it_usable_when_it_fails(mine, tmp_path):
     assert len(BlockDataset(mine, "train", random_offset=False)) == BLOCKS["train"] + 31
 
 
+def test_what_another_run_has_finished_is_left_alone(music, mine):
+    kept = mtimes(mine, IDS)
+    for recording in find_recordings(music):
+        about = _prepare_one(recording, str(music), str(mine), CFG, None)
+        assert about == zarr.open_group(mine, mode="r")[recording.id].attrs.asdict()
+    assert mtimes(mine, IDS) == kept
+
+
+def test_what_another_run_adds_is_listed_too(music, store, tmp_path, monkeypatch):
+    def meanwhile(*args):
+        monkeypatch.undo()
+        prepare(music, tmp_path / "store", CFG, jobs=1, splits="test")
+        return _run(*args)
+
+    monkeypatch.setattr("pianodiff.data._run", meanwhile)
+    assert prepare(music, tmp_path / "store", CFG, jobs=1, splits=["train", "validation"])["recordings"] == 4
+    assert contents(tmp_path / "store") == contents(store)
+
+
+@pytest.mark.parametrize("durations, told", [([3600, 1800], "1.0/1.5 h"), ([3600, 0], "1/2 recordings"),
+                                             ([9, 9], "1/2 recordings")])
+def test_a_bar_counts_hours_where_there_are_some(durations, told, capsys):
+    todo = [Recording(f"{i}.wav", "train", "", duration) for i, duration in enumerate(durations)]
+
+    def results():
+        yield todo[0], {}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _take_in(results(), todo)
+    assert told in capsys.readouterr().err
+
+
+def test_who_interrupts_is_told_how_to_go_on(music, tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pianodiff.data._run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(music, tmp_path / "store", CFG, jobs=1)
+    assert "what is finished is kept: run the same again, and it goes on" in capsys.readouterr().err
+
+
 def test_a_place_that_cannot_be_written(music, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match=r"file/store can't be written \(Not a directory\).* give another place"):
@@ -451,6 +503,53 @@ def test_sources_that_cannot_be_used(music, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+INDEX = "split,audio_filename,duration\ntrain,a.wav,1\ntest,b.wav,2\n"
+COLUMNWISE = {"canonical_composer": {"0": "Bach", "1": "Satie"}, "split": {"0": "train", "1": "test"},
+              "audio_filename": {"0": "a.wav", "1": "b.wav"}}
+
+
+@pytest.mark.parametrize("name, text, reason", [
+    ("index.json", json.dumps(COLUMNWISE)[:-20], "Unterminated string"),
+    ("maestro-v3.json", json.dumps(COLUMNWISE)[:30], "Unterminated string"),
+    ("index.json", json.dumps(COLUMNWISE | {"split": {"0": "train"}}), "row 2 has not one value for each column"),
+    ("index.json", json.dumps(COLUMNWISE | {"split": ["train", "test"]}), "not one {row: value} mapping"),
+    ("index.json", json.dumps([{"split": "train", "audio_filename": "a.wav"}]), "not one {row: value} mapping"),
+    ("index.csv", INDEX.encode("utf-16"), "utf-8"),
+    ("index.csv", INDEX[:-3], "row 2 has not one value for each column"),
+    ("index.csv", INDEX.replace("a.wav", "a,1.wav"), "row 1 has not one value for each column"),
+    ("index.csv", INDEX.splitlines()[0], "no rows"),
+    ("index.csv", INDEX.replace("split", "part"), "no column split"),
+    ("index.csv", INDEX.replace("audio_filename", "audio_file"), "no column audio_filename or midi_filename"),
+    ("deeper/maestro-v3.0.0.csv", "", "no column split"),
+])
+def test_an_index_that_cannot_be_used_is_not_passed_over(name, text, reason, tmp_path):
+    music = tmp_path / "music"
+    (music / name).parent.mkdir(parents=True)
+    (music / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    for seed, audio in enumerate("abcd"):
+        save_audio(music / f"{audio}.wav", sound(seed, 0.2))
+    with pytest.raises(ValueError, match=rf"the index {name} can't be used \(.*{reason}.*\); mend or remove it"):
+        prepare(music, tmp_path / "store", CFG, jobs=1)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"duration": {"0": 1, "1": "inf"}}, "row 2 has the duration 'inf'; give seconds"),
+    ({"duration": {"0": 1, "1": float("nan")}}, "row 2 has the duration nan; give seconds"),
+    ({"duration": {"0": 1, "1": [1, 2]}}, r"row 2 has the duration \[1, 2\]; give seconds"),
+    ({"duration": {"0": 1, "1": 10**400}}, "row 2 has the duration 1000"),
+    ({"duration": {"0": 1, "1": -1}}, "row 2 has the duration -1; give seconds"),
+    ({"audio_filename": {"0": "a.wav", "1": 5}}, r"row 2 names the file \[5\]; give a name"),
+    ({"split": {"0": "train", "1": ["test"]}}, "row 2 has the split"),
+])
+def test_an_index_with_a_value_of_another_kind(changes, message, tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps(COLUMNWISE | changes))
+    with pytest.raises(ValueError, match=rf"index\.json: {message}"):
+        find_recordings(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps(COLUMNWISE | {"canonical_title": {"0": 1812, "1": None}}))
+    assert [r.title for r in find_recordings(tmp_path)] == ["Bach: 1812", "Satie"]
+
+
 def test_an_index_with_a_bad_row(tmp_path):
     for row, message in [("train,,", "row 2 names no file"), ("valid,x.wav,", "row 2 has the split 'valid'; choose"),
                          ("test,x.wav,3:25", "row 2 .*'3:25'"), ("train,a.wav,1", "a.wav twice")]:
@@ -468,6 +567,43 @@ def test_a_store_made_of_something_else_is_left_alone(music, mine, tmp_path):
     assert contents(mine) == before
 
 
+def test_another_source_of_the_same_name(mine, tmp_path):
+    source = maestro(tmp_path / "music")
+    write_index(source, {"b": "train", "x": "test"})
+    before = contents(mine)
+    with pytest.raises(ValueError, match=r"mine holds 2004--a\.wav, which .*/music lacks; give another"):
+        prepare(source, mine, CFG, jobs=1)
+    assert contents(mine) == before
+
+
+def test_what_is_wrong_is_told_before_there_is_a_store(music, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for jobs in (0, -1):
+        with pytest.raises(ValueError, match=f"jobs is {jobs}; give 1 or more, or leave it out"):
+            prepare(music, "store", CFG, jobs=jobs)
+    for source, store in [("", "store"), (music, "")]:
+        with pytest.raises(ValueError, match="a path is empty; give the name of a folder"):
+            prepare(source, store, CFG, jobs=1)
+    pytest.importorskip("distributed", reason="Dask is missing: pip install -e '.[dask]'")
+    import dask
+
+    for address in ("127.0.0.1:9", "no://where:1"):
+        with (dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+              pytest.raises(ConnectionError, match=f"no scheduler answers at {address}; check the address")):
+            prepare(music, "store", CFG, cluster=address)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_the_users_stays(tmp_path):
+    (tmp_path / "music").mkdir()
+    (tmp_path / "store").mkdir()
+    save_audio(tmp_path / "music/silent.wav", torch.zeros(8000))
+    for name in ("store", "none"):
+        with pytest.raises(ValueError, match="none of the 1 recordings"):
+            prepare(tmp_path / "music", tmp_path / name, CFG, jobs=1)
+    assert list((tmp_path / "store").iterdir()) == [] and not (tmp_path / "none").exists()
+
+
 def other_format(store: Path) -> None:
     zarr.open_group(store).attrs["pianodiff_store"] = 99
 
@@ -480,7 +616,19 @@ def truncated_metadata(store: Path) -> None:
     (store / "zarr.json").write_bytes((store / "zarr.json").read_bytes()[:100])
 
 
-@pytest.mark.parametrize("spoil", [other_format, no_attributes, truncated_metadata])
+def no_json_object(store: Path) -> None:
+    (store / "zarr.json").write_text("[]")
+
+
+def without(*names: str):
+    def spoil(store: Path) -> None:
+        group = zarr.open_group(store)
+        group.attrs.put({name: value for name, value in group.attrs.asdict().items() if name not in names})
+    return spoil
+
+
+@pytest.mark.parametrize("spoil", [
+    other_format, no_attributes, truncated_metadata, no_json_object, without("spectrogram"), without("source")])
 def test_a_store_of_another_kind(spoil, music, mine):
     spoil(mine)
     before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
@@ -489,6 +637,74 @@ def test_a_store_of_another_kind(spoil, music, mine):
         with pytest.raises(ValueError, match=refused):
             use(mine)
     assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["complete", "mean", "std", "recordings"])
+def test_a_store_that_lost_an_attribute_is_half_written(name, music, mine, store):
+    without(name)(mine)
+    with pytest.raises(ValueError, match="mine is half-written; run the same `pianodiff prepare` again"):
+        open_store(mine)
+    assert prepare(music, mine, CFG, jobs=1)["new"] == 0 and contents(mine) == contents(store)
+
+
+@pytest.mark.parametrize("attributes", [{"mean": "x"}, {"recordings": 5}, {"spectrogram": {"frames": 1}}])
+def test_attributes_of_another_kind(attributes, mine):
+    zarr.open_group(mine).update_attributes(attributes)
+    with pytest.raises(ValueError, match="the attributes of .*mine are damaged"):
+        open_store(mine)
+
+
+def chunk(store: Path) -> Path:
+    return next(path for path in (store / "2004--b.wav").rglob("*") if path.is_file() and path.name != "zarr.json")
+
+
+def chunk_is_missing(store: Path) -> None:
+    chunk(store).unlink()
+
+
+def chunk_is_truncated(store: Path) -> None:
+    chunk(store).write_bytes(chunk(store).read_bytes()[:100])
+
+
+def chunk_is_garbage(store: Path) -> None:
+    chunk(store).write_bytes(bytes(range(256)) * 10)
+
+
+def another_length(store: Path) -> None:
+    zarr.open_group(store)["2004--b.wav"].resize((150, 32))
+
+
+def half_written_anew(store: Path) -> None:
+    zarr.open_group(store)["2004--b.wav"].attrs.put({})
+
+
+def no_array(store: Path) -> None:
+    (store / "2004--b.wav/zarr.json").write_text("{")
+
+
+@pytest.mark.parametrize("spoil", [
+    chunk_is_missing, chunk_is_truncated, chunk_is_garbage, another_length, half_written_anew, no_array])
+def test_a_damaged_recording_is_named_and_made_anew(spoil, music, mine, store):
+    spoil(mine)
+    damage = r"mine is damaged in (.*/mine/2004--b\.wav) \(.+\): delete that and run the same `pianodiff prepare` again"
+    dataset = BlockDataset(mine, "train", random_offset=False)
+    dataset[2]    # of a.wav
+    with pytest.raises(ValueError, match=damage):
+        [dataset[index] for index in range(3, 8)]
+    with pytest.raises(ValueError, match=damage):
+        BlockDataset(mine, "train", random_offset=False, in_memory=True)
+    shutil.rmtree(mine / "2004--b.wav")
+    prepare(music, mine, CFG, jobs=1)
+    assert contents(mine) == contents(store)
+
+
+def test_silence_is_no_damage(tmp_path):
+    (tmp_path / "music").mkdir()
+    save_audio(tmp_path / "music/a.wav", torch.cat([sound(0, 0.2), torch.zeros(4000)]))
+    prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
+    for in_memory in (False, True):
+        dataset = BlockDataset(tmp_path / "store", "train", random_offset=False, in_memory=in_memory)
+        assert not list(dataset)[-1]["spec"].any() and len(dataset) == 5
 
 
 def test_what_is_no_store(music, tmp_path):

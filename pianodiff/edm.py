@@ -16,10 +16,11 @@ def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 8
     """Decreasing noise levels for `num_steps` sampling steps, Eq. (27).
 
     Returns a float64 tensor `[num_steps + 1]` from `sigma_max` to `sigma_min`, then 0; one step gives `[sigma_max, 0]`.
-    Raises ValueError unless `num_steps` is a whole number >= 1, 0 < sigma_min < sigma_max < inf and 1 <= rho < inf.
+    Raises ValueError unless `num_steps` is a whole number from 1 to 10,000, 0 < sigma_min < sigma_max < inf and
+    1 <= rho < inf.
     """
-    if not (num_steps >= 1 and num_steps % 1 == 0):
-        raise ValueError(f"num_steps must be a whole number of at least 1, not {num_steps}")
+    if not (1 <= num_steps <= 10_000 and num_steps % 1 == 0):
+        raise ValueError(f"num_steps must be a whole number of at least 1 and at most 10,000, not {num_steps}")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"need 0 < sigma_min < sigma_max < inf, not sigma_min={sigma_min}, sigma_max={sigma_max}")
     if not 1 <= rho < math.inf:

@@ -161,8 +161,12 @@ class Piano:
     def __init__(self, net: UNet, config: dict[str, Any], device: str | torch.device | None = None) -> None:
         self.config = config
         self.cfg = SpectrogramConfig(**config["spectrogram"])
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.net = net.eval().requires_grad_(False).to(self.device)
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.net = net.eval().requires_grad_(False).to(self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"the device {str(device)!r} can't be used ({reason}); 'cpu' always can") from error
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
         self.denoiser = Denoiser(self.net, config["sigma_data"])
 
@@ -171,7 +175,7 @@ class Piano:
                         device: str | torch.device | None = None) -> "Piano":
         """Load a shipped model, a folder or a Hub id ("user/repo") onto `device`: by default a GPU if there is one.
 
-        Raises FileNotFoundError if there is no such model, ValueError if its files are damaged.
+        Raises FileNotFoundError if there is no such model, ValueError if its files are damaged or `device` isn't here.
         """
         return cls(*load_model(find_model(name_or_path)), device)
 
@@ -231,7 +235,7 @@ class Piano:
         """Check what was asked for; what to go on from, and the blocks, each made when it is asked for."""
         if seed is None:
             seed = secrets.randbelow(2**31)
-        if seed != int(seed) or seed < 0:
+        if not (seed >= 0 and seed % 1 == 0):
             raise ValueError(f"seed must be a whole number from 0, not {seed}")
         how.check()
         start = _start(self.cfg, int(seed), prompt, self.device)

@@ -23,8 +23,9 @@ Callback = Callable[[dict[str, Any]], Any]  # called once a step, with the keys 
 def _schedule(latents: Tensor, sigmas: Tensor | Sequence[float] | None, num_steps: int,
               sigma_min: float, sigma_max: float, rho: float, dtype: torch.dtype) -> Tensor:
     """Check the latents; return the noise levels, Eq. (27) where `sigmas` gives none, in `dtype`."""
-    if not (latents.ndim and latents.is_floating_point() and latents.isfinite().all()):
-        raise ValueError(f"latents must be finite floats [B, ...]; these are {latents.dtype} {list(latents.shape)}")
+    if not (latents.ndim and latents.numel() and latents.is_floating_point() and latents.isfinite().all()):
+        raise ValueError(f"latents must be finite floats [B, ...], B > 0; these are {latents.dtype} "
+                         f"{list(latents.shape)}")
     given = karras_sigmas(num_steps, sigma_min, sigma_max, rho) if sigmas is None else sigmas
     levels = torch.as_tensor(given, dtype=dtype, device=latents.device)
     if levels.ndim != 1 or len(levels) < 2:
@@ -39,6 +40,8 @@ def _evaluate(denoise: Denoise, x: Tensor, sigma: Tensor, cond: Any, step: int) 
     denoised = denoise(x, sigma, cond)
     if denoised.shape != x.shape:
         raise ValueError(f"step {step}: the denoiser returned shape {list(denoised.shape)} for x of {list(x.shape)}")
+    if denoised.is_complex():
+        raise ValueError(f"step {step}: the denoiser returned {denoised.dtype}; real numbers are needed")
     if not all(map(math.isfinite, denoised.aminmax())):  # ten times as fast as isfinite().all()
         raise ValueError(f"step {step}: the denoiser returned NaN or infinity at sigma = {float(sigma):.4g}")
     return denoised.to(x.dtype)
@@ -77,7 +80,8 @@ def heun_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *, sigmas: 
     Before each step `callback` gets a dict with `i`, `sigma`, `sigma_hat`, `x` (at `sigma_hat`) and `denoised` (from
     that x).
     Returns samples of latents' shape and dtype. Raises ValueError on a bad schedule, bad churn settings or latents that
-    are not finite, and, naming the step, where the denoiser returns another shape or a value that is not finite.
+    are none or not finite, and, naming the step, where the denoiser returns another shape or a value that is complex or
+    not finite.
     """
     sigmas = _schedule(latents, sigmas, num_steps, sigma_min, sigma_max, rho, dtype)
     churn = _churn(S_churn, S_min, S_max, S_noise, len(sigmas) - 1, randn_like)

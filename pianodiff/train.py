@@ -11,13 +11,13 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,12 @@ from tqdm import tqdm
 
 from .data import BlockDataset, Store, ahead
 from .edm import Denoiser, denoising_loss, edm_loss
-from .unet import MODEL_FORMAT, PRESETS, UNet, UNetConfig, load_model, save_model
+from .unet import MODEL_FORMAT, PRESETS, UNet, UNetConfig, check_replaceable, load_model, save_model
+
+try:
+    import fcntl
+except ImportError:  # on Windows; runs aren't locked there
+    fcntl = None  # type: ignore[assignment]
 
 # %% ../nbs/06_train.ipynb #c12463f3
 @dataclass(frozen=True)
@@ -43,27 +48,27 @@ class TrainConfig:
     Raises ValueError where a value makes no sense.
     """
 
-    preset: str = "nano"  # the network, one of `pianodiff.unet.PRESETS`
+    preset: str = "nano"  # the network: paper-128, paper-256, nano or base
     unet: UNetConfig | None = None  # another network, in place of the preset's
     images: int = 1_000_000  # blocks to see in the whole run
     batch_size: int = 16  # blocks a step, over all processes
     lr: float = 1e-3  # AdamW's learning rate after warm-up
     betas: tuple[float, float] = (0.9, 0.99)  # AdamW's decay of the two moments
-    weight_decay: float = 0.01  # of matrices and kernels; gains and biases have none
-    warmup_images: int = 20_000  # the learning rate rises linearly over the first ones,
-    decay_fraction: float = 0.3  # and falls linearly to zero over this last part of the run
+    weight_decay: float = 0.01  # AdamW's, of matrices and kernels; gains and biases have none
+    warmup_images: int = 20_000  # the learning rate rises linearly over the first so many
+    decay_fraction: float = 0.3  # the learning rate falls linearly to zero over this last part of the run
     ema_std: float = 0.08  # width of the averaging window over the weights' history, as a part of the run
-    P_mean: float = -0.6  # Eq. (32): mean and
-    P_std: float = 1.2  # standard deviation of ln(sigma)
+    P_mean: float = -0.6  # mean of ln(sigma), sigma being the noise level of a block: Eq. (32)
+    P_std: float = 1.2  # standard deviation of ln(sigma): Eq. (32)
     cond_dropout: float = 0.15  # how often the predecessor is withheld
     cond_noise: float = 0.1  # most noise on the predecessor (the data's standard deviation is 0.5)
     grad_clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # same seed, same machine: same weights
-    eval_blocks: int = 128  # validation blocks
+    eval_blocks: int = 128  # blocks to validate on
     eval_images: int = 50_000  # images between validations
-    log_images: int = 1_000  # between rows of the log
-    checkpoint_images: int = 20_000  # between checkpoints
-    snapshot_images: int = 100_000  # between calls of `on_snapshot`
+    log_images: int = 1_000  # images between rows of the log
+    checkpoint_images: int = 20_000  # images between checkpoints
+    snapshot_images: int = 100_000  # images between samples of the model, sound and picture in RUN/samples
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 where the hardware computes in it
     compile: bool = False  # torch.compile the network: minutes at first, faster after
     in_memory: bool = True  # hold the training split in memory: 0.06 GB an hour of sound
@@ -72,6 +77,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.unet is None and self.preset not in PRESETS:
             raise ValueError(f"there is no preset {self.preset!r}; choose of {', '.join(PRESETS)}")
+        for field in fields(self):
+            if field.type is int and type(getattr(self, field.name)) is not int:
+                raise ValueError(f"{field.name} must be a whole number, not {getattr(self, field.name)!r}")
         for name in ("images", "batch_size", "lr", "P_std", "grad_clip", "eval_blocks", "eval_images", "log_images",
                      "checkpoint_images", "snapshot_images", "workers"):
             if not 0 < getattr(self, name) < math.inf:
@@ -82,6 +90,12 @@ class TrainConfig:
         for name in ("decay_fraction", "cond_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers from 0 to below 1, not {self.betas}")
+        if not 0 < self.ema_std < 0.288:
+            raise ValueError(f"ema_std must lie between 0 and 0.288, not {self.ema_std}")
+        if not math.isfinite(self.P_mean):
+            raise ValueError(f"P_mean must be finite, not {self.P_mean}")
 
     @property
     def steps(self) -> int:
@@ -230,11 +244,23 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
             about = json.loads(file.metadata()["pianodiff"])
             return {name: file.get_tensor(name) for name in file.keys()}, about
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or no checkpoint of pianodiff; move it away to train anew") from error
+        raise _damaged(path) from error
+
+
+def _damaged(path: str | os.PathLike) -> ValueError:
+    return ValueError(f"{path} is truncated or no checkpoint of pianodiff; move it away to train anew")
 
 # %% ../nbs/06_train.ipynb #f1f116b4
+def _tell(text: str) -> None:
+    """One line on standard error, above a bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
 class TrainLog:
-    """`log.csv` and TensorBoard events of a run. Rows after `images` are dropped: a resumed run writes them again."""
+    """`log.csv` and TensorBoard events of a run. Rows after `images` are dropped: a resumed run writes them again.
+
+    A `log.csv` that is something else is set aside as `log.csv.bad`.
+    """
 
     columns = ("images", "seconds", "loss", "lr", "grad_norm", "images_per_second",
                *(f"val_{sigma:g}" for sigma in EVAL_SIGMAS))
@@ -242,9 +268,11 @@ class TrainLog:
     def __init__(self, run: Path, images: int) -> None:
         self.path, rows = run / "log.csv", []
         if images and self.path.exists():
-            with open(self.path, newline="") as file:
-                whole = (row for row in csv.DictReader(file) if row[self.columns[-1]] is not None)
-                rows = [row for row in whole if int(row["images"]) <= images]
+            try:
+                rows = self._rows(images)
+            except (ValueError, csv.Error) as error:  # the run can go on without it
+                os.replace(self.path, run / "log.csv.bad")
+                _tell(f"{self.path} is no log of pianodiff ({error}); it is log.csv.bad now, and a new one begins")
         temporary = run / "log.csv.tmp"
         with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
@@ -252,6 +280,14 @@ class TrainLog:
             writer.writerows(rows)
         os.replace(temporary, self.path)
         self.events = SummaryWriter(str(run / "tensorboard"), purge_step=images + 1)
+
+    def _rows(self, images: int) -> list[dict[str, str]]:
+        """The whole rows up to `images`; ValueError or csv.Error where the file isn't a log."""
+        with open(self.path, newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != list(self.columns):
+                raise ValueError("it has other columns")
+            return [row for row in reader if row[self.columns[-1]] is not None and int(row["images"]) <= images]
 
     def write(self, row: dict[str, float]) -> None:
         """Append a row; columns that are not in it stay empty."""
@@ -326,8 +362,8 @@ def _validation_blocks(
     else:
         first = count = count - max(1, min(most, count // 10))
         held, split = data, "train"
-        warnings.warn(f"{info.url} has no validation split; its last {len(data) - count} training blocks serve as one",
-                      stacklevel=4)
+        if rank == 0:
+            _tell(f"{info.url} has no validation split; its last {len(data) - count} training blocks serve as one")
     if count < 1:
         raise ValueError(f"{info.url} has no block to train on besides the validation's; prepare more music")
     picks = np.linspace(first, len(held) - 1, min(most, len(held) - first)).round().astype(int)
@@ -350,8 +386,8 @@ class _Progress:
 
     def __init__(self, run: Path, config: TrainConfig, images: int, seconds: float, main: bool) -> None:
         self.log = TrainLog(run, images) if main else None
-        self.bar = tqdm(total=config.steps * config.batch_size, initial=images, unit=" images", mininterval=1,
-                        disable=not main)
+        self.bar = tqdm(total=config.steps * config.batch_size, initial=images, unit=" images", disable=not main,
+                        mininterval=1 if sys.stderr.isatty() else 10)
         self.history: list[tuple[float, float]] = []
         self.since = images, seconds
 
@@ -399,7 +435,10 @@ class _Trainer:
         self.net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema, self.optimizer = PowerEMA(self.net, config.ema_std), _adamw(self.net, config)
         if saved is not None:
-            self._resume(*saved)
+            try:
+                self._resume(*saved)
+            except (LookupError, TypeError, AttributeError) as error:  # something is missing
+                raise _damaged(self.checkpoint) from error
         if config.compile:
             self.net.compile()  # in place: names of weights stay
         self.denoiser = Denoiser(self.accelerator.prepare(self.net))
@@ -431,15 +470,11 @@ class _Trainer:
         identity = self.identity if self.init else {k: v for k, v in self.identity.items() if k != "init"}
         if differences := _differences(about["identity"], identity):
             raise ValueError(f"{self.run} was begun otherwise: {differences}; use its settings, or another run folder")
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = tensor
-        self.net.load_state_dict(parts.pop("net"))
-        self.ema.net.load_state_dict(parts.pop("ema"))
-        for name, p in self.net.named_parameters():  # what is left are AdamW's: step, exp_avg, exp_avg_sq
-            self.optimizer.state[p] = {key: part[name] if key == "step" else torch.zeros_like(p).copy_(part[name])
-                                       for key, part in parts.items() if name in part}
+        for part, net in (("net", self.net), ("ema", self.ema.net)):
+            net.load_state_dict({name: tensors[f"{part}.{name}"] for name in net.state_dict()})
+        for name, p in self.net.named_parameters():
+            moments = {key: torch.zeros_like(p).copy_(tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": tensors[f"step.{name}"], **moments}
         for key in self.facts:
             setattr(self, key, about[key])
 
@@ -543,7 +578,8 @@ def _loop(trainer: _Trainer, on_snapshot: Callable[[Path, int], object] | None) 
             if saving:
                 trainer.save()
             if stopping:
-                tqdm.write(f"stopped after {trainer.images} images; the same command goes on from there")
+                if trainer.main:
+                    _tell(f"stopped after {trainer.images} images; the same command goes on from there")
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
             if on_snapshot and trainer.main and due(config.snapshot_images):
                 on_snapshot(trainer.run / "model", trainer.images)
@@ -562,6 +598,27 @@ def _disk_full_told(run: Path) -> Iterator[None]:
                       "run the same command again") from error
 
 # %% ../nbs/06_train.ipynb #44d0bee6
+def _check_run(run: Path, store: str | os.PathLike) -> None:
+    """Raise ValueError, before hours of training, where something stands in the way of what a run writes."""
+    if run.resolve().is_relative_to(Path(store).resolve()):
+        raise ValueError(f"{run} is the store {store} or lies in it; train in another folder")
+    if (run / "samples").is_file():
+        raise ValueError(f"{run / 'samples'} is a file, where a run's samples belong; move it away")
+    check_replaceable(run / "model")
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Lock a run. The kernel lifts the lock however the process ends."""
+    with open(run / ".lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process trains in {run}; wait for it or use another folder") from error
+        yield
+
+
 def train(
     store: str | os.PathLike,
     run: str | os.PathLike,
@@ -573,25 +630,29 @@ def train(
     """Train a network on a store of spectrograms; called again with the same `run`, go on from its last checkpoint.
 
     Returns the folder `run/model`: the averaged weights, as `pianodiff.unet.save_model` writes them. `run` also holds
-    `checkpoint.safetensors`, `log.csv` and TensorBoard events. `init` is a model's folder to start from; its network
-    and spectrogram must be the run's, and its mean and std are kept. `on_snapshot(model_folder, images)` is called
-    each `config.snapshot_images` and at the end. Works in one process, and in each of many that `accelerate launch`
-    starts.
+    `checkpoint.safetensors`, `log.csv`, TensorBoard events and a lock. `init` is a model's folder to start from; its
+    network and spectrogram must be the run's, and its mean and std are kept. `on_snapshot(model_folder, images)` is
+    called each `config.snapshot_images` and at the end. Works in one process, and in each of many that `accelerate
+    launch` starts.
 
     The same seed on the same machine gives the same weights, interrupted or not. PyTorch's global generator is reseeded
     at each step. At the first Ctrl-C or SIGTERM a checkpoint is written and SystemExit raised.
-    Raises ValueError where store, run, init and config don't fit together, where a checkpoint is damaged, and where the
-    loss is no number; FileNotFoundError if store or init is missing; OSError if the disk is full.
+    Raises ValueError where store, run, init and config don't fit together, where a checkpoint is damaged, where another
+    process trains in `run`, and where the loss is no number; FileNotFoundError if store or init is missing; OSError if
+    the disk is full.
     """
     run = Path(run)
+    _check_run(run, store)
     trainer = _Trainer(store, run, config, init)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"the folder {run} can't be made ({error.strerror}); choose another") from error
-    with _disk_full_told(run):
+    with _disk_full_told(run), _alone(run) if trainer.main else nullcontext():
         if trainer.step < config.steps:
             _loop(trainer, on_snapshot)
-        else:
+        elif not (run / "model").exists():
             trainer.save()
+        elif trainer.main:
+            _tell(f"{run} has seen {trainer.images} images, and no more are asked for: nothing is left to do")
     return run / "model"

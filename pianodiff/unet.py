@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Cond', 'PRESETS', 'MODEL_FORMAT', 'UNetConfig', 'NoiseEmbedding', 'ResidualBlock', 'Attention', 'Coordinates',
-           'Stage', 'SpectrogramEmbedding', 'Past', 'UNet', 'count', 'save_model', 'load_model']
+           'Stage', 'SpectrogramEmbedding', 'Past', 'UNet', 'count', 'check_replaceable', 'save_model', 'load_model']
 
 # %% ../nbs/04_unet.ipynb #a7d17df4
 import json
@@ -334,16 +334,28 @@ def _write_model(folder: Path, net: nn.Module, config: dict[str, Any]) -> None:
             os.fsync(file.fileno())
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError if `folder` is there and is more than a model, which `save_model` would replace.
+
+    Hidden files, which desktops and version control leave, count as nothing; hidden folders may hold somebody's work.
+    """
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir() if path.is_dir() or not path.name.startswith(".")}
+        if names <= {"model.safetensors", "config.json"}:
+            return
+    if folder.exists():
+        raise ValueError(f"{folder} is there and is more than a model; give another folder")
+
+
 def save_model(folder: str | os.PathLike, net: nn.Module, config: dict[str, Any]) -> None:
     """Write `model.safetensors` (fp16) and `config.json` as `folder`, which holds the old model or the new one, whole.
 
     Raises ValueError if `folder` is there and is something else than a model: it would be replaced.
     """
     folder = Path(folder).resolve()
+    check_replaceable(folder)
     part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
     if folder.exists():
-        if not folder.is_dir() or {path.name for path in folder.iterdir()} - {"model.safetensors", "config.json"}:
-            raise ValueError(f"{folder} is there and is more than a model; give another folder")
         shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -359,6 +371,24 @@ def save_model(folder: str | os.PathLike, net: nn.Module, config: dict[str, Any]
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/04_unet.ipynb #ed90735b
+_SPECTROGRAM = {"sample_rate": int, "n_fft": int, "hop_length": int, "n_frames": int, "top_db": float}
+_NUMBERS = _SPECTROGRAM | {"mean": float, "std": float, "sigma_data": float}
+
+
+def _check_scale(config: dict[str, Any], shape: UNetConfig) -> None:
+    """Raise an error unless the spectrogram is one, of the network's shape, and the data's mean and std are numbers."""
+    spectrogram = config["spectrogram"]
+    if spectrogram.keys() != _SPECTROGRAM.keys():
+        raise ValueError(f"a spectrogram of {', '.join(spectrogram)}, not of {', '.join(_SPECTROGRAM)}")
+    for name, kind in _NUMBERS.items():
+        value = (spectrogram if name in spectrogram else config)[name]
+        if type(value) not in (int, kind) or not math.isfinite(value) or (value <= 0 and name != "mean"):
+            raise ValueError(f"{name} is {value!r}")
+    blocks = spectrogram["n_fft"] // 2, spectrogram["n_frames"]
+    if blocks != (shape.n_bins, shape.n_frames):
+        raise ValueError("a spectrogram of {}x{} for a network of {}x{}".format(*blocks, shape.n_bins, shape.n_frames))
+
+
 def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[UNet, dict[str, Any]]:
     """The network (float32, in evaluation mode) and the configuration that `save_model` wrote.
 
@@ -373,8 +403,10 @@ def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") ->
         config = json.loads(about.read_text())
         if config["format"] != MODEL_FORMAT:
             raise ValueError(f"format {config['format']}, where {MODEL_FORMAT} is read")
-        net = UNet(UNetConfig(**config["unet"]))
-    except (ValueError, KeyError, TypeError) as error:
+        shape = UNetConfig(**config["unet"])
+        _check_scale(config, shape)
+        net = UNet(shape)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{about} is not a model's configuration ({reason}); "
                          "copy the model again, or update pianodiff") from error

@@ -44,6 +44,7 @@ def test_one_step_goes_from_sigma_max_to_zero():
 
 @pytest.mark.parametrize("options", [
     {"num_steps": 0}, {"num_steps": -3}, {"num_steps": 1.5}, {"num_steps": math.nan}, {"num_steps": math.inf},
+    {"num_steps": 10_001}, {"num_steps": 10**12},
     {"sigma_min": 0}, {"sigma_min": -1}, {"sigma_min": math.nan}, {"sigma_min": 80.0}, {"sigma_min": 100},
     {"sigma_max": math.inf}, {"sigma_max": math.nan}, {"rho": 0}, {"rho": -7}, {"rho": math.nan}, {"rho": math.inf},
 ])

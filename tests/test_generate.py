@@ -311,9 +311,10 @@ def test_impossible_lengths(piano, seconds):
     ({"prompt": torch.ones(BLOCK).index_fill(0, torch.tensor([3]), torch.nan)}, "NaN"),
     ({"prompt": torch.ones(2, BLOCK)}, "must be a wave"),
     ({"seed": -1}, "seed must be a whole number from 0, not -1"),
-    ({"seed": 1.5}, "seed must be a whole number"),
+    *(({"seed": seed}, "seed must be a whole number") for seed in (1.5, float("inf"), float("nan"))),
     ({"sampler": "hein"}, "no sampler 'hein'; choose of heun"),
     ({"num_steps": 0}, "num_steps"),
+    ({"num_steps": 10**12}, "num_steps"),
     ({"guidance": float("nan")}, "guidance must be finite"),
     ({"guidance_interval": (2, 1)}, "guidance_interval must be noise levels low < high from 0, not 2 and 1"),
     ({"guidance_interval": (-1, 1)}, "guidance_interval must be"),
@@ -323,6 +324,13 @@ def test_bad_input_is_told_at_once(piano, settings, message):
     for call in (piano.generate, piano.stream, piano.spectrogram):  # a stream too, before its first piece
         with pytest.raises(ValueError, match=message):
             call(1, **settings)
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99"])
+def test_a_device_that_is_not_here(piano, device):
+    with pytest.raises(ValueError, match=f"the device '{device}' can't be used .*; 'cpu' always can") as caught:
+        Piano(piano.net, piano.config, device)
+    assert "\n" not in str(caught.value)
 
 
 def test_memory_of_a_stream_does_not_grow(piano):

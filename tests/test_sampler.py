@@ -301,6 +301,8 @@ def test_churn_keeps_the_distribution(S_churn):
     ({"latents": torch.tensor([math.nan])}, "latents"),
     ({"latents": torch.tensor([1, 2])}, "latents"),
     ({"latents": torch.tensor(1.0)}, "latents"),
+    ({"latents": normal(0, 3)}, r"latents must be .* B > 0; .*\[0, 3\]"),
+    ({"denoise": lambda x, sigma, cond: x + 0j}, "step 0: the denoiser returned torch.complex128; real"),
     ({"denoise": lambda x, sigma, cond: x[:1]}, r"step 0: the denoiser returned shape \[1, 3\] for x of \[2, 3\]"),
     ({"denoise": lambda x, sigma, cond: x / (sigma > 1.0)}, "the denoiser returned NaN or infinity at sigma = 0.47"),
 ])

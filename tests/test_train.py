@@ -3,6 +3,8 @@
 import csv
 import errno
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,15 @@ import torch
 
 from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import BlockDataset, prepare
-from pianodiff.train import EVAL_SIGMAS, TrainConfig, draw_batch, learning_rate, load_checkpoint, train
+from pianodiff.train import (
+    EVAL_SIGMAS,
+    TrainConfig,
+    draw_batch,
+    learning_rate,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+)
 from pianodiff.unet import UNetConfig, load_model
 
 SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)
@@ -158,7 +168,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(store, whole, tmp_path, capfd, nu
     with pytest.raises(SystemExit) as stop:
         train(store, tmp_path, CONFIG, on_snapshot=lambda model, images: os.kill(os.getpid(), number))
     assert stop.value.code == 128 + number
-    assert "stopped after 52 images; the same command goes on" in "".join(capfd.readouterr())
+    assert "stopped after 52 images; the same command goes on" in capfd.readouterr().err
     assert signal.getsignal(number) is before
     train(store, tmp_path, CONFIG)
     timeless = [row for row in rows(tmp_path) if row["images"] != "52"]  # the stop has a row of its own
@@ -176,10 +186,14 @@ def test_a_run_goes_on_only_as_it_was_begun(store, whole):
         train(store, whole, CONFIG, init=whole / "model")
 
 
-def test_a_finished_run_returns_and_can_be_prolonged(store, whole, tmp_path):
+def test_a_finished_run_returns_and_can_be_prolonged(store, whole, tmp_path, capsys):
     (tmp_path / "checkpoint.safetensors").write_bytes((whole / "checkpoint.safetensors").read_bytes())
     train(store, tmp_path, CONFIG)
     assert (tmp_path / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".json")}
+    train(store, tmp_path, replace(CONFIG, images=8))
+    assert "has seen 96 images, and no more are asked for: nothing is left to do" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     longer = replace(CONFIG, images=112)
     assert learning_rate(longer, 96) > learning_rate(CONFIG, 95)
     train(store, tmp_path, longer)
@@ -197,12 +211,61 @@ def test_a_damaged_checkpoint_is_named(store, whole, tmp_path):
         assert path.read_bytes() == content
 
 
-def test_fine_tuning_starts_from_a_model_and_keeps_its_scale(store, whole, tmp_path):
+@pytest.mark.parametrize("missing", ["net.out.weight", "ema.out.weight", "exp_avg.out.weight", "step", "exp_avg_sq",
+                                     "identity", "seconds", "ancestor"])
+def test_a_checkpoint_that_lacks_a_part_is_named(store, whole, tmp_path, missing):
+    tensors, about = load_checkpoint(whole / "checkpoint.safetensors")
+    save_checkpoint(tmp_path / "checkpoint.safetensors",
+                    {name: tensor for name, tensor in tensors.items() if not name.startswith(missing)},
+                    {key: value for key, value in about.items() if key != missing})
+    with pytest.raises(ValueError, match="checkpoint.safetensors is truncated or no checkpoint .*move it away"):
+        train(store, tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("content", [b"", b"time,loss\n1,2\n", b"\xff\xfe\x00", None])
+def test_a_spoilt_log_does_not_end_a_run(store, whole, tmp_path, capsys, content):
+    shutil.copy(whole / "checkpoint.safetensors", tmp_path)
+    spoilt = (whole / "log.csv").read_bytes().replace(b"\n32,", b"\nsome,") if content is None else content
+    (tmp_path / "log.csv").write_bytes(spoilt)
+    train(store, tmp_path, replace(CONFIG, images=112))
+    assert re.search(r"log.csv is no log of pianodiff \(.*\); it is log.csv.bad now", capsys.readouterr().err)
+    assert (tmp_path / "log.csv.bad").read_bytes() == spoilt
+    assert [row["images"] for row in rows(tmp_path)] == ["112"]
+
+
+@pytest.mark.parametrize("name", ["model", "model/README.md", "samples"])
+def test_what_stands_in_the_way_of_a_run_is_told_before_its_first_step(store, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name.split('/')[0]} is .*(give another folder|move it away)"):
+        train(store, tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == [name.split("/")[0]]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_no_run_lies_in_its_store(store):
+    before = sorted(store.rglob("*"))
+    for run in (store, store / "run", store / "deep/er"):
+        with pytest.raises(ValueError, match="is the store .* or lies in it; train in another folder"):
+            train(store, run, CONFIG)
+    assert sorted(store.rglob("*")) == before
+
+
+def test_one_process_trains_in_a_folder(store, whole, tmp_path):
+    def another(model, images):
+        with pytest.raises(ValueError, match="another process trains in .*; wait for it or use another folder"):
+            train(store, tmp_path, CONFIG)
+
+    train(store, tmp_path, CONFIG, on_snapshot=another)
+    assert_same_end(tmp_path, whole)
+
+
+def test_fine_tuning_starts_from_a_model_and_keeps_its_scale(store, whole, tmp_path, capsys):
     other = tmp_path / "store"
     prepare(chords(tmp_path / "wav", 1), other, SPECTROGRAM, jobs=1)
     still = replace(CONFIG, images=4, lr=1e-9, snapshot_images=4)
-    with pytest.warns(UserWarning, match="no validation split"):
-        model = train(other, tmp_path / "run", still, init=whole / "model")
+    model = train(other, tmp_path / "run", still, init=whole / "model")
+    assert re.search("store has no validation split; .* serve as one$", capsys.readouterr().err, re.M)
     (net, config), (old, old_config) = load_model(model), load_model(whole / "model")
     assert (config["mean"], config["std"]) == (old_config["mean"], old_config["std"])
     assert config["mean"] != BlockDataset(other, "train", random_offset=False).info.mean
@@ -228,11 +291,14 @@ def test_a_loss_that_is_no_number_stops_the_run(store, tmp_path):
 def test_bad_settings_are_named(store, tmp_path):
     for wrong, message in (({"images": 0}, "images must be positive, not 0"), ({"lr": float("nan")}, "lr must be"),
                            ({"cond_dropout": 2}, "cond_dropout must lie between 0 and 1"), ({"seed": -1}, "seed must"),
-                           ({"unet": None, "preset": "x"}, "no preset 'x'; choose")):
+                           ({"unet": None, "preset": "x"}, "no preset 'x'; choose"),
+                           ({"P_mean": float("nan")}, "P_mean must be finite"), ({"betas": (0.9, 1)}, "betas must be"),
+                           ({"betas": (-0.1, 0.9)}, "betas must be"), ({"betas": (0.9,)}, "betas must be two"),
+                           ({"ema_std": 0.5}, "ema_std must lie"), ({"ema_std": 0}, "ema_std must lie"),
+                           ({"batch_size": 4.5}, "batch_size must be a whole number, not 4.5"),
+                           ({"seed": 1.5}, "seed must be a whole"), ({"workers": float("nan")}, "workers must be a")):
         with pytest.raises(ValueError, match=message):
             replace(CONFIG, **wrong)
-    with pytest.raises(ValueError, match="ema_std must lie"):
-        train(store, tmp_path / "run", replace(CONFIG, ema_std=0.5))
     with pytest.raises(ValueError, match="spectrograms of 32x32, nano is for 256x128: choose a preset"):
         train(store, tmp_path / "run", replace(CONFIG, unet=None))
     with pytest.raises(FileNotFoundError, match="not a spectrogram store"):

@@ -313,7 +313,9 @@ def test_names_of_the_weights_are_stable():
 
 # models on disk
 
-CONFIG = {"format": 1, "name": "tiny", "unet": asdict(OURS), "mean": 0.4, "training": {"images": 7}}
+SPECTROGRAM = {"sample_rate": 8000, "n_fft": 128, "hop_length": 32, "n_frames": 32, "top_db": 80.0}
+CONFIG = {"format": 1, "name": "tiny", "spectrogram": SPECTROGRAM, "unet": asdict(OURS), "mean": 0.4, "std": 0.2,
+          "sigma_data": 0.5, "training": {"images": 7}}
 
 
 @pytest.fixture
@@ -329,9 +331,11 @@ def listing(folder: Path) -> list[str]:
 @BOTH
 def test_a_model_comes_back(config, tmp_path):
     net = network(config).float().to(memory_format=torch.channels_last)
-    save_model(str(tmp_path / "deep" / "er" / "tiny"), net, CONFIG | {"unet": asdict(config)})
+    spectrogram = SPECTROGRAM | {"n_fft": 2 * config.n_bins, "n_frames": config.n_frames}
+    about = CONFIG | {"unet": asdict(config), "spectrogram": spectrogram}
+    save_model(str(tmp_path / "deep" / "er" / "tiny"), net, about)
     loaded, facts = load_model(tmp_path / "deep/er/tiny")
-    assert facts == json.loads(json.dumps(CONFIG | {"unet": asdict(config)})) and loaded.config == config
+    assert facts == json.loads(json.dumps(about)) and loaded.config == config
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert {t.dtype for t in loaded.state_dict().values()} == {torch.float32}
     for name, tensor in net.state_dict().items():
@@ -413,6 +417,16 @@ def test_no_other_folder_is_replaced(tmp_path, monkeypatch):
     load_model("empty")
 
 
+def test_hidden_files_do_not_stand_in_the_way_and_hidden_folders_do(model):
+    (model / ".DS_Store").touch()
+    save_model(model, network(OURS, seed=5), CONFIG)
+    assert listing(model) == ["config.json", "model.safetensors"]
+    (model / ".git").mkdir()
+    with pytest.raises(ValueError, match="is more than a model"):
+        save_model(model, network(OURS), CONFIG)
+    assert (model / ".git").is_dir()
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_missing_files(model, missing):
     (model / missing).unlink()
@@ -439,6 +453,7 @@ def test_a_pickle_is_not_read(model):
 
 
 @pytest.mark.parametrize("content", [
+    pytest.param("[" * 100_000, id="deep"),
     "", "{", "[]", "{}", '"words"', "\x00", *(f'{{"format": 1, "unet": {unet}}}' for unet in (
         '{"unknown": 1}', '{"patch": 0}', "null", '{"channels": 5}', '{"attention": [1, 2, 3, 4, 5]}',
         '{"blocks": ["a", 1, 1, 1, 1]}')),
@@ -448,6 +463,31 @@ def test_broken_configurations(model, content):
     with pytest.raises(ValueError, match=r"config\.json is not a model's .*; copy the model again") as caught:
         load_model(model)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change, reason", [
+    *(({name: value}, f"{name} is ") for name in ("mean", "std", "sigma_data")
+      for value in (None, "1", math.nan, True)),
+    ({"std": 0}, "std is 0"), ({"sigma_data": -0.5}, "sigma_data is -0.5"), ({"std": 10**400}, "OverflowError"),
+    *(({"spectrogram": value}, "AttributeError") for value in (None, [], "words")),
+    ({"spectrogram": {}}, "a spectrogram of , not of sample_rate"),
+    ({"spectrogram": SPECTROGRAM | {"n_mels": 80}}, "top_db, n_mels, not of"),
+    *(({"spectrogram": SPECTROGRAM | {name: value}}, f"{name} is ") for name in SPECTROGRAM for value in (0, -1, "8")),
+    ({"spectrogram": SPECTROGRAM | {"hop_length": 32.0}}, "hop_length is 32.0"),
+    ({"spectrogram": SPECTROGRAM | {"n_frames": 64}}, "a spectrogram of 64x64 for a network of 64x32"),
+])
+def test_a_configuration_that_would_fail_later_is_refused(model, change, reason):
+    (model / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(ValueError, match=r"config\.json is not a model's .*; copy the model again") as caught:
+        load_model(model)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["spectrogram", "mean", "std", "sigma_data", "unet", "format"])
+def test_a_configuration_without_its_facts_is_refused(model, missing):
+    (model / "config.json").write_text(json.dumps({key: value for key, value in CONFIG.items() if key != missing}))
+    with pytest.raises(ValueError, match=rf"is not a model's configuration \(KeyError: '{missing}'\)"):
+        load_model(model)
 
 
 def test_a_model_of_another_format(model):

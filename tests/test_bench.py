@@ -155,7 +155,7 @@ def test_network(bench):
 def test_generation(bench, monkeypatch):
     generation = bench["generation"]
     settings = {name: {**setting, "num_steps": 1} for name, setting in generation.settings().items()}
-    assert "heun, 40 steps" in settings
+    assert [*settings][1] == "heun, 40 steps, guidance 1"
     monkeypatch.setattr(generation, "settings", lambda: settings)
     piano = generation.Piano.from_pretrained("nano", "cpu")
     checked(generation.real_time(piano, length=0.1, runs=5), len(settings))

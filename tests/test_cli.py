@@ -436,12 +436,13 @@ def test_prepare(monkeypatch, capsys):
     assert "no preset 'grand'" in refused(capsys, main("prepare music.zip store --preset grand".split()))
 
 
-def test_train(model, monkeypatch, capsys):
+def test_train(model, monkeypatch, capsys, tmp_path):
     asked = {}
 
     def train(store, run, config, **how):
         asked.update(store=store, run=run, config=config, **how)
-        return Path(run, "model")
+        (tmp_path / "config.json").write_text(json.dumps({"training": {"images": 5008}}))
+        return tmp_path
 
     monkeypatch.setattr("pianodiff.train.train", train)
     flags = f"--preset base --images 5000 --batch-size 4 --lr 0.01 --P-mean -1.2 --compile --init {model}"
@@ -449,7 +450,7 @@ def test_train(model, monkeypatch, capsys):
     expected = TrainConfig(preset="base", images=5000, batch_size=4, lr=0.01, P_mean=-1.2, compile=True)
     assert asked == {"store": "store", "run": Path("run"), "config": expected, "init": Path(model),
                      "on_snapshot": pianodiff.cli.snapshot}
-    assert "5,000 blocks" in capsys.readouterr().out
+    assert "trained on 5,008 blocks" in capsys.readouterr().out  # what it has seen, not what was asked for
     assert "lr must be positive" in refused(capsys, main("train store run --lr -1".split()))
     assert "no model 'nanno'" in refused(capsys, main("train store run --init nanno".split()))
 

@@ -10,8 +10,10 @@ import pytest
 os.environ.setdefault("MPLBACKEND", "Agg")      # pictures are drawn, not shown
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test asks a network
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:    # as in a shell's background; children would, too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    number = getattr(signal, name, None)
+    if number and signal.getsignal(number) is signal.SIG_IGN:    # as in a shell's background; children would, too
+        signal.signal(number, usual)
 
 ROOT = Path(__file__).resolve().parent.parent
 

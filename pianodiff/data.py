@@ -677,12 +677,14 @@ class BlockDataset(Dataset):
         self.random_offset = random_offset
         self._recordings = self.info.of(split)
         self._ends = np.cumsum([r["frames"] // self.info.cfg.n_frames for r in self._recordings])
+        self._group: zarr.Group | None = None
         self._arrays: dict[int, Any] = {}
         self._process = os.getpid()
         self._loaded: list[np.ndarray] = []
         self._intact: set[int] = set()
         if in_memory:
-            self._loaded = [self._read(which, slice(None)) for which in range(len(self._recordings))]
+            read = partial(self._read, frames=slice(None))
+            self._loaded = list(ahead(read, range(len(self._recordings)), os.cpu_count() or 1))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -693,6 +695,12 @@ class BlockDataset(Dataset):
 
     def block(self, index: int, offset: int = 0) -> dict[str, Any]:
         """Block `index` (in the recordings' order) begun `offset` frames late, or as late as its recording allows."""
+        stored = self.codes(index, offset)
+        values = {key: torch.from_numpy(stored[key].T.astype(np.float32) / 255)[None] for key in ("spec", "prev")}
+        return stored | values
+
+    def codes(self, index: int, offset: int = 0) -> dict[str, Any]:
+        """The same block as it is stored: {"spec": `[W, F]` uint8, "prev": `[W, F]` uint8, "has_prev": bool}."""
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         width = self.info.cfg.n_frames
@@ -702,9 +710,8 @@ class BlockDataset(Dataset):
         has_prev = start >= width
         frames = slice(start - width if has_prev else start, start + width)
         codes = self._loaded[which][frames] if self._loaded else self._read(which, frames)
-        spec = torch.from_numpy(codes.T.astype(np.float32) / 255)[None]
-        prev = spec[..., :width] if has_prev else torch.zeros_like(spec)
-        return {"spec": spec[..., -width:], "prev": prev, "has_prev": has_prev}
+        prev = codes[:width] if has_prev else np.zeros_like(codes)
+        return {"spec": codes[-width:], "prev": prev, "has_prev": has_prev}
 
     def _read(self, which: int, frames: slice) -> np.ndarray:
         """Frames of a recording. Raises ValueError if it is damaged.
@@ -730,11 +737,13 @@ class BlockDataset(Dataset):
 
     def _array(self, which: int) -> Any:
         if self._process != os.getpid():  # a connection does not outlive a fork
-            self._arrays, self._process = {}, os.getpid()
+            self._group, self._arrays, self._process = None, {}, os.getpid()
         if which not in self._arrays:
             name = self._recordings[which]["id"]
+            if self._group is None:
+                self._group = _open_group(self.info.url, "r")
             try:
-                array: Any = _open_group(self.info.url, "r")[name]
+                array: Any = self._group[name]
             except KeyError as error:
                 raise FileNotFoundError(f"the store {self.info.url} lacks {name}; copy it again, "
                                         "or run the same `pianodiff prepare` again") from error

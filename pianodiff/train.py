@@ -162,6 +162,7 @@ def draw_batch(
 ) -> dict[str, Tensor]:
     """The training blocks of process `rank` of `world` at `step`: {"spec", "prev": `[b, 1, F, W]`, "has_prev": `[b]`}.
 
+    `spec` and `prev` are uint8, as they are stored: they take a quarter of the way to a GPU, and become numbers there.
     A pure function of the seed, the step and the process, so a resumed run needs no state of a loader. The first
     `count` blocks of the data set come in a new order each epoch, each once, at a random offset; `has_prev` is False
     where there is no predecessor, and where condition dropout withholds it.
@@ -172,12 +173,13 @@ def draw_batch(
     keep = torch.rand(size, generator=generator) >= config.cond_dropout
     positions = [step * config.batch_size + rank * size + j for j in range(size)]
     indices = [int(_permutation(count, config.seed, p // count)[p % count]) for p in positions]
-    batch = _collate([dataset.block(index, int(offset)) for index, offset in zip(indices, offsets, strict=True)])
+    batch = _collate([dataset.codes(index, int(offset)) for index, offset in zip(indices, offsets, strict=True)])
     return batch | {"has_prev": batch["has_prev"] & keep}
 
 
 def _collate(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
-    batch = {key: torch.stack([block[key] for block in blocks]) for key in ("spec", "prev")}
+    """A batch of what `BlockDataset.codes` gives; frames stay together in memory, as they lie in a store."""
+    batch = {key: torch.from_numpy(np.stack([block[key] for block in blocks])).mT[:, None] for key in ("spec", "prev")}
     return batch | {"has_prev": torch.tensor([block["has_prev"] for block in blocks])}
 
 # %% ../nbs/06_train.ipynb #270762b2
@@ -185,9 +187,11 @@ def standardise(batch: dict[str, Tensor], mean: float, std: float,
                 sigma_data: float = 0.5) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Blocks and their predecessors as the network sees them, Eq. (standardise).
 
-    `spec`, `prev` `[B, 1, F, W]` in [0, 1] -> y `[B, 1, F, W]`, cond = (prev `[B, 1, F, W]`, has_prev `[B]`).
+    `spec`, `prev` `[B, 1, F, W]` in [0, 1], or in uint8 as they are stored -> y `[B, 1, F, W]`, cond = (prev
+    `[B, 1, F, W]`, has_prev `[B]`).
     """
-    y, prev = ((batch[key] - mean) * (sigma_data / std) for key in ("spec", "prev"))
+    specs = (batch[key] / 255 if batch[key].dtype == torch.uint8 else batch[key] for key in ("spec", "prev"))
+    y, prev = ((spec - mean) * (sigma_data / std) for spec in specs)
     return y, (prev, batch["has_prev"])
 
 
@@ -367,7 +371,7 @@ def _validation_blocks(
     if count < 1:
         raise ValueError(f"{info.url} has no block to train on besides the validation's; prepare more music")
     picks = np.linspace(first, len(held) - 1, min(most, len(held) - first)).round().astype(int)
-    batch = _collate([held.block(int(i), 0) for i in picks])
+    batch = _collate([held.codes(int(i)) for i in picks])
     noise = torch.randn(batch["spec"].shape, generator=torch.Generator().manual_seed(_seed_of(4)))
     mine = slice(rank, None, world)
     return {key: value[mine] for key, value in batch.items()}, noise[mine], count, split
@@ -509,6 +513,11 @@ class _Trainer:
                 "spectrogram": asdict(info.cfg), "unet": _plain(config.network), "mean": self.mean, "std": self.std,
                 "sigma_data": self.denoiser.sigma_data, "training": training}
 
+    def draw(self, step: int) -> dict[str, Tensor]:
+        """The blocks of a step; for a GPU in memory from which it can fetch them while it computes."""
+        batch = draw_batch(self.data, self.count, self.config, step, self.rank, self.world)
+        return {k: v.pin_memory() for k, v in batch.items()} if self.device.type == "cuda" else batch
+
     def due(self, every: int) -> bool:
         """Has this step passed a multiple of `every` images, or ended the run?"""
         return self.images // every > (self.images - self.config.batch_size) // every or self.step >= self.config.steps
@@ -563,11 +572,11 @@ class _Trainer:
 def _loop(trainer: _Trainer, on_snapshot: Callable[[Path, int], object] | None) -> None:
     """Train to the end, or until told to stop."""
     config, due = trainer.config, trainer.due
-    make = partial(draw_batch, trainer.data, trainer.count, config, rank=trainer.rank, world=trainer.world)
+
     progress = _Progress(trainer.run, config, trainer.images, trainer.seconds, trainer.main)
     with _Stop() as stop, closing(progress):
         clock = time.perf_counter()
-        for batch in ahead(make, range(trainer.step, config.steps), config.workers):
+        for batch in ahead(trainer.draw, range(trainer.step, config.steps), config.workers):
             loss, norm, stopping = trainer.advance(batch, stop.signal > 0)
             trainer.seconds += time.perf_counter() - clock  # without validation and writing
             progress.step(config.batch_size, loss, norm)

@@ -311,8 +311,8 @@ def test_bad_settings_are_named(store, tmp_path):
 
 def test_each_block_comes_once_an_epoch(store):
     data = BlockDataset(store, "train", random_offset=True, in_memory=True)
-    config, seen, block = replace(CONFIG, batch_size=2, cond_dropout=0.0), [], data.block
-    data.block = lambda index, offset: seen.append(index) or block(index, offset)  # type: ignore[method-assign]
+    config, seen, codes = replace(CONFIG, batch_size=2, cond_dropout=0.0), [], data.codes
+    data.codes = lambda index, offset: seen.append(index) or codes(index, offset)  # type: ignore[method-assign]
     count = len(data) // 2 * 2
     for step in range(count // 2):
         for rank in range(2):

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import linear_regression
 from typing import Any, Protocol
@@ -265,6 +266,7 @@ def _at_rate(waves: Tensor, sample_rate: int, wanted: int) -> Tensor:
     return torch.stack([torch.from_numpy(soxr.resample(wave.numpy(), sample_rate, wanted)) for wave in waves])
 
 # %% ../nbs/09a_distance.ipynb #bd63a324
+@cache
 def _mel_filters(bands: int, low: float, high: float, n_fft: int, sample_rate: int) -> Tensor:
     """Triangles `[n_fft//2 + 1, bands]`, straight and evenly spaced on HTK's mel scale from `low` to `high` Hz."""
     mel = 1127 * torch.log1p(torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None] * sample_rate / n_fft / 700)
@@ -296,14 +298,14 @@ class LogMel:
     def levels(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
         """The bands' levels in bels `[..., 24, frames]` in a spectrogram `[..., n_bins, frames]` in [0, 1]."""
         filters = _mel_filters(24, 27.5, cfg.sample_rate / 2, cfg.n_fft, cfg.sample_rate)[: cfg.n_bins]
-        power = torch.exp2((spec - 1) * (cfg.top_db / 10 * math.log2(10)))  # at least -80 dB a bin
-        return (filters.T.to(power) @ power).log10()
+        power = (spec - 1).mul_(cfg.top_db / 10 * math.log2(10)).exp2_()  # at least -80 dB a bin
+        return (filters.T.to(power) @ power).log10_()
 
     @staticmethod
     def points(levels: Tensor) -> Tensor:
         """Points `[..., 96]` of levels `[..., 24, frames]`, 3 frames at least."""
         change = levels[..., 2:] - levels[..., :-2]
-        rises, falls = (part.square().mean(-1).sqrt() for part in (change.clamp(min=0), change.clamp(max=0)))
+        rises, falls = (part.square_().mean(-1).sqrt() for part in (change.clamp(min=0), change.clamp(max=0)))
         return torch.cat([levels.mean(-1), levels.std(-1), rises, falls], dim=-1)
 
 # %% ../nbs/09a_distance.ipynb #605f482d

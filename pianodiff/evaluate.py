@@ -115,6 +115,12 @@ def _in_order(make: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]
     with single_threaded() as jobs:
         yield from ahead(make, items, jobs)
 
+
+def _joined(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Measures of some, one after the other: each `[N]` or `[N, ...]`."""
+    found = list(parts)
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
 # %% ../nbs/09_evaluate.ipynb #c621bfa5
 def _read_piece(recording: Recording, source: str, cfg: SpectrogramConfig, most: int | None, normalize: bool,
                 soundfont: str | None) -> Piece | str:
@@ -127,7 +133,8 @@ def _read_piece(recording: Recording, source: str, cfg: SpectrogramConfig, most:
     blocks = len(wave) // cfg.block_samples
     if not blocks:
         return f"it lasts {len(wave) / cfg.sample_rate:.2f} s, less than a block ({cfg.block_seconds:.2f} s)"
-    return Piece(recording.path, recording.title, wave[: min(blocks, most or blocks) * cfg.block_samples])
+    kept = wave[: min(blocks, most or blocks) * cfg.block_samples].clone()  # a view would hold the whole recording
+    return Piece(recording.path, recording.title, kept)
 
 
 def _take(found: Iterable[tuple[Recording, Piece | str]], blocks: int | None, shown: str,
@@ -366,15 +373,19 @@ def distances(rows: dict[str, Row], reference: Tensor, cfg: SpectrogramConfig, e
     y = embed(embedding, reference, cfg.sample_rate, cache=cache, progress=True)
     moments = Moments.of(y)
     measures = {"frechet": lambda x: frechet_distance(Moments.of(x), moments), "kernel": kernel_distance_to(y)}
-    table: dict[str, dict[str, Any]] = {}
-    for name, row in tqdm(rows.items(), f"distances ({embedding.name})"):
-        x, pieces = embed(embedding, row.clips, cfg.sample_rate, cache=cache), len(row.pieces.unique())
-        table[name] = {"clips": len(x), "pieces": pieces,
-                       "frechet_infinity": frechet_infinity(x, moments, seed=seed).value}
+    points = {name: embed(embedding, row.clips, cfg.sample_rate, cache=cache) for name, row in rows.items()}
+
+    def measured(name: str) -> dict[str, Any]:
+        x, pieces = points[name], len(rows[name].pieces.unique())
+        found: dict[str, Any] = {"clips": len(x), "pieces": pieces,
+                                 "frechet_infinity": frechet_infinity(x, moments, seed=seed).value}
         for measure_name, distance in measures.items():
-            bounds = interval(distance, x, groups=row.pieces if pieces >= 4 else None, seed=seed)
-            table[name] |= {measure_name: distance(x), f"{measure_name}_interval": bounds}
-    return table
+            bounds = interval(distance, x, groups=rows[name].pieces if pieces >= 4 else None, seed=seed)
+            found |= {measure_name: distance(x), f"{measure_name}_interval": bounds}
+        return found
+
+    entries = tqdm(_in_order(measured, rows), f"distances ({embedding.name})", len(rows))
+    return dict(zip(rows, entries, strict=True))
 
 # %% ../nbs/09_evaluate.ipynb #86d06ff2
 def floors(real: Sequence[Piece], made: Tensor, cfg: SpectrogramConfig, embedding: Embedding, *, count: int = 20,
@@ -504,19 +515,20 @@ def seams(pieces: Sequence[Piece], cfg: SpectrogramConfig, seed: int = 0) -> dic
     pieces = [piece for piece in pieces if len(piece.wave) >= 2 * cfg.block_samples]
     if not pieces:
         return {}
-    joins, inside = ([_measured_at(where(len(piece.wave), cfg), piece, cfg) for piece in pieces]
+    joins, inside = (_joined(_in_order(partial(_measured_at, where, cfg=cfg), pieces))
                      for where in (join_positions, inside_positions))
     table: dict[str, dict[str, float]] = {}
-    for name in joins[0]:
-        at, control = (values[~values.isnan()] for values in (torch.cat([m[name] for m in side])
-                                                              for side in (joins, inside)))
+    for name in joins:
+        at, control = (side[name][~side[name].isnan()] for side in (joins, inside))
         if min(len(at), len(control)) > 1:
             table[name] = excess(at, control, seed=seed)._asdict() | {
                 "join": float(at.median()), "inside": float(control.median())}
     return table
 
 
-def _measured_at(positions: Tensor, piece: Piece, cfg: SpectrogramConfig) -> dict[str, Tensor]:
+def _measured_at(where: Callable[[int, SpectrogramConfig], Tensor], piece: Piece,
+                 cfg: SpectrogramConfig) -> dict[str, Tensor]:
+    positions = where(len(piece.wave), cfg)
     found = join_measures(piece.wave, positions, cfg)
     if piece.spec is not None:
         found["residue"] = retrieval_residue(piece.spec, piece.wave, cfg)[positions // cfg.hop_length]
@@ -567,7 +579,8 @@ def course(pieces: Sequence[Piece], cfg: SpectrogramConfig) -> dict[str, Tensor]
     """The statistics `[P, K]` block by block: of P pieces, those of median length and longer, the first K blocks."""
     lengths = sorted(len(piece.wave) for piece in pieces)
     length = lengths[len(lengths) // 2]
-    return drift(torch.stack([piece.wave[:length] for piece in pieces if len(piece.wave) >= length]), cfg)
+    waves = [piece.wave[None, :length] for piece in pieces if len(piece.wave) >= length]
+    return _joined(_in_order(partial(drift, cfg=cfg), waves))
 
 # %% ../nbs/09_evaluate.ipynb #45a88fcd
 @_in_style
@@ -787,7 +800,9 @@ def _distances_section(sets: _Sets, rows: dict[str, Row], reference: Tensor, ear
 
 
 def _music_section(rows: dict[str, Row], reference: Tensor, cfg: SpectrogramConfig) -> _Section:
-    values, typical = {name: measure(row.clips, cfg) for name, row in rows.items()}, measure(reference, cfg)
+    typical, *found = (_joined(_in_order(partial(measure, cfg=cfg), clips.split(64)))
+                       for clips in (reference, *(row.clips for row in rows.values())))
+    values = dict(zip(rows, found, strict=True))
     profiles = {row: pitch_profile(found["pitch_classes"]) for row, found in {"reference": typical, **values}.items()
                 if found["pitch_classes"].any()}  # silence has none
     return _Section({"statistics": compare_statistics(values, typical), "pitch_classes": profiles},

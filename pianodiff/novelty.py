@@ -69,6 +69,20 @@ def _patterns(rows: Tensor, transpose: int) -> Tensor:
     x = torch.stack([rows[:, lowest : lowest + kept] for lowest in range(2 * transpose + 1)], 1)
     return (x - x.mean((-2, -1), keepdim=True)) / _norm(x, x.shape[-1])[..., None]
 
+# %% ../nbs/09c_novelty.ipynb #dda6abd4
+@contextmanager
+def single_threaded() -> Iterator[int]:
+    """Have torch compute in one thread, so that tasks can share the cores: as many tasks as this gives.
+
+    And no sum depends on the number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield os.cpu_count() or 1
+    finally:
+        torch.set_num_threads(threads)
+
 # %% ../nbs/09c_novelty.ipynb #f19050ad
 def _search(bands: Tensor, stretches: Sequence[tuple[int, int]], patterns: Tensor, bar: tqdm) -> tuple[Tensor, ...]:
     """Best windows of stretches (first column, end) of `bands` `[T, rows]`, each cut into P pieces, M in all.
@@ -78,17 +92,26 @@ def _search(bands: Tensor, stretches: Sequence[tuple[int, int]], patterns: Tenso
     """
     (queries, shifts, _, width), found = patterns.shape, []
     size, hop = 8 * width, 7 * width + 1
-    weight = torch.fft.rfft(patterns.flatten(0, 1), size).conj().permute(2, 0, 1)  # [frequencies, Q * S, rows]
-    for i, (begin, end) in enumerate(stretches):
+    weight = torch.fft.rfft(patterns.flatten(0, 1), size).permute(2, 0, 1)  # [frequencies, Q * S, rows]
+    weight = weight.contiguous().conj_physical_()  # laid out once, not for every product
+
+    def search(stretch: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The best windows of a stretch, their columns, and its pieces' first columns."""
+        begin, end = stretch
         windows = end - begin - width + 1
         count = math.ceil(windows / hop)
         x = F.pad(bands[begin:end].to(patterns.device, patterns.dtype).T, (0, count * hop - windows))
-        spectrum = weight @ torch.fft.rfft(x.unfold(1, size, hop)).permute(2, 0, 1)  # [frequencies, Q * S, P]
+        spectrum = weight @ torch.fft.rfft(x.unfold(1, size, hop)).permute(2, 0, 1).contiguous()  # [.., Q * S, P]
         cosine = torch.fft.irfft(spectrum.permute(1, 2, 0), size)[..., :hop] / _norm(x, width).view(count, hop)
         cosine.flatten(1)[:, windows:] = -1  # these are not in the stretch
         value, best = cosine.unflatten(0, (queries, shifts)).transpose(1, 2).flatten(2).max(2)
-        found.append((value.T, best.T.short(), torch.full((count,), i), begin + hop * torch.arange(count)))
-        bar.update()
+        return value.T, best.T.short(), begin + hop * torch.arange(count)
+
+    with single_threaded() as jobs:
+        jobs = min(jobs, 16384 // (queries * shifts)) if patterns.device.type == "cpu" else 1  # 1.5 GB at most
+        for i, (value, best, first) in enumerate(ahead(search, stretches, max(1, jobs))):
+            found.append((value, best, torch.full((len(first),), i), first))
+            bar.update()
     value, best, stretch, first = (torch.cat(part) for part in zip(*found, strict=True))
     return value.T, best.T, stretch.to(value.device), first.to(value.device)
 
@@ -144,27 +167,13 @@ def _digested(array: Any, weights: Tensor, cfg: SpectrogramConfig) -> tuple[Tens
     """
     step, bands, levels = _step(cfg), [], []
     for begin in range(0, array.shape[0], 8192 * step):
-        for part in torch.from_numpy(array[begin : begin + 8192 * step]).split(256 * step):  # what a cache can hold
+        for part in torch.from_numpy(array[begin : begin + 8192 * step]).split(64 * step):  # what a cache can hold
             codes = part.float()
             columns = codes[: len(codes) // step * step].unflatten(0, (-1, step)).mean(1)
             bands.append((columns @ weights.T).round().to(torch.uint8))
-            levels.append(LogMel.levels(codes.T / 255, cfg))
+            levels.append(LogMel.levels(codes.T.div_(255), cfg))
     passages = torch.cat(levels, 1).unfold(1, cfg.n_frames, max(1, cfg.n_frames // 2)).movedim(1, 0)
     return torch.cat(bands), torch.cat([_heard(part) for part in passages.split(64)])
-
-# %% ../nbs/09c_novelty.ipynb #dda6abd4
-@contextmanager
-def single_threaded() -> Iterator[int]:
-    """Have torch compute in one thread, so that tasks can share the cores: as many tasks as this gives.
-
-    And no sum depends on the number of cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield os.cpu_count() or 1
-    finally:
-        torch.set_num_threads(threads)
 
 # %% ../nbs/09c_novelty.ipynb #f1a9bb82
 def _checksum(tensors: dict[str, Tensor]) -> str:
@@ -361,22 +370,24 @@ class Corpus:
                 bar: tqdm) -> tuple[Tensor, Tensor]:
         """Distances and frames, both `[Q, m]`, of candidates placed to the frame; each recording is read once."""
         cfg, step, group = self.store.cfg, _step(self.store.cfg), zarr.open_group(self.store.url, mode="r")
-        cosine, frame = torch.empty(which.shape, device=which.device), frame.clone()
+        cosine, placed = torch.empty(which.shape, device=which.device), torch.empty_like(frame)
         found = [(r, *(which == r).nonzero(as_tuple=True)) for r in which.unique().tolist()]
 
-        def read(candidates: tuple[int, Tensor, Tensor]) -> tuple[int, Tensor]:
-            """The frames of a recording that may hold its candidates, and the number of the first."""
+        def place(candidates: tuple[int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            """Cosines and frames of a recording's candidates; only the frames that may hold them are read."""
             r, q, j = candidates
             low = max(0, int(frame[q, j].min()) - step)
             high = int(frame[q, j].max()) + cfg.n_frames + step
-            return low, torch.from_numpy(_array(group, self.recordings[r]["id"])[low:high]).to(which.device)
+            codes = torch.from_numpy(_array(group, self.recordings[r]["id"])[low:high]).to(which.device)
+            best, first = _place(codes, frame[q, j] - low, fine[q, shift[q, j]], weights, step)
+            return best, first + low
 
-        for (_, q, j), (low, codes) in zip(found, ahead(read, found, 2), strict=True):
-            cosine[q, j], placed = _place(codes, frame[q, j] - low, fine[q, shift[q, j]], weights, step)
-            frame[q, j] = placed + low
-            bar.update()
+        with single_threaded() as jobs:
+            for (_, q, j), (best, first) in zip(found, ahead(place, found, jobs), strict=True):
+                cosine[q, j], placed[q, j] = best, first
+                bar.update()
         bar.update(len(self.recordings) - len(found))
-        return (2 - 2 * cosine).clamp(min=0).sqrt(), frame
+        return (2 - 2 * cosine).clamp(min=0).sqrt(), placed
 
     def _stretches(self, width: int) -> tuple[list[int], list[tuple[int, int]], list[int]]:
         """Each recording's first column; stretches of columns (first, end) to search at once; the recording of each."""

@@ -4,8 +4,10 @@
 __all__ = ['Sampling', 'generate', 'continue_', 'prepare', 'train', 'snapshot', 'evaluate', 'info', 'main']
 
 # %% ../nbs/10_cli.ipynb #3ec753f5
+import _thread
 import io
 import json
+import os
 import re
 import signal
 import struct
@@ -13,16 +15,23 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
+try:
+    import tyro
+except KeyboardInterrupt:  # it takes half a second
+    print("pianodiff: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, __version__
 
@@ -431,19 +440,49 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
+_STARTS = ExtensionFileLoader.create_module.__code__, ExtensionFileLoader.exec_module.__code__  # of a compiled module
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, as Ctrl-C does; but only after a compiled module's start: Cython's would swallow it."""
+    if any(inside.f_code in _STARTS for inside, _ in traceback.walk_stack(frame)):
+        threading.Timer(0.05, _thread.interrupt_main, [number]).start()
+    else:
+        raise KeyboardInterrupt
+
+
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Lets SIGTERM and SIGHUP act as Ctrl-C does, in the main thread, unless they are handled or ignored (by nohup)."""
     main_thread = threading.current_thread() is threading.main_thread()
-    numbers = {getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP")}  # Windows has no SIGHUP
-    ours = [number for number in numbers if main_thread and signal.getsignal(number) == signal.SIG_DFL]
+    numbers = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}  # Windows: no SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers if main_thread}
+    ours = [number for number in before if before[number] in (signal.SIG_DFL, signal.default_int_handler)]
     for number in ours:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
         for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before[number])
+
+
+@contextmanager
+def _printed() -> Iterator[None]:
+    """Sends what is printed on its way; where the reader has closed the pipe, it ends by SystemExit, with code 141."""
+    try:
+        yield
+    except BrokenPipeError:
+        sys.exit(141)
+    finally:
+        try:
+            if sys.stdout:
+                sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its end
+            if isinstance(error, BrokenPipeError):
+                sys.exit(141)
+            raise
 
 
 def _parse(args: Sequence[str]) -> Callable[[], None]:
@@ -480,12 +519,12 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else list(args)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # any name of a file can be printed
-    if args == ["--version"]:
-        print(f"pianodiff {__version__}")
-        return 0
     try:
-        with _stoppable():
-            _parse(args)()
+        with _stoppable(), _printed():
+            if args == ["--version"]:
+                print(f"pianodiff {__version__}")
+            else:
+                _parse(args)()
     except (ValueError, OSError) as error:
         print(f"pianodiff: {_in_one_line(error)}", file=sys.stderr)
         return 2

@@ -2,13 +2,17 @@ import importlib
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")      # pictures are drawn, not shown
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test asks a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # two wait for each other, up to ten times as long as they work
 
 for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     number = getattr(signal, name, None)
@@ -33,6 +37,16 @@ def fluidsynth() -> str:
     if not (program := shutil.which("fluidsynth")):
         pytest.skip("fluidsynth is missing: apt-get install fluidsynth")
     return program
+
+
+def side_by_side(work: Callable[[Any], Any], request: pytest.FixtureRequest, test: str, parameter: str,
+                 ) -> Iterator[dict[Any, Future[Any]]]:
+    """For a module's fixture: `work`, mostly a process's, on each value of a chosen test's parameter; two at a time."""
+    chosen = [item.callspec.params[parameter] for item in request.session.items
+              if isinstance(item, pytest.Function) and item.originalname == test]
+    with ThreadPoolExecutor(2) as pool:
+        yield {value: pool.submit(work, value) for value in chosen}
+        pool.shutdown(cancel_futures=True)    # where the first failure ends all
 
 
 def resolve(name: str) -> object:

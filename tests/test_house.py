@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import prose, resolve
+from conftest import prose, resolve, side_by_side
 
 import pianodiff
 
@@ -106,9 +108,9 @@ COMMANDS = {
 }
 
 
-def run(*command: object, cwd: Path = ROOT) -> str:
+def run(*command: object, cwd: Path = ROOT, **env: str) -> str:
     """What the command printed; the test fails with it if the command does."""
-    env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
+    env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **env}
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     return done.stdout + done.stderr
@@ -132,10 +134,19 @@ def test_every_module_has_a_notebook():
     assert modules == exported == set(MAY_IMPORT)
 
 
+@pytest.fixture(scope="module")
+def chapter_runs(request: pytest.FixtureRequest) -> Iterator[dict[object, Future[str]]]:
+    """What nbdev_test prints for each chapter that is to be tested."""
+    def nbdev_test(chapter: Path) -> str:
+        return run(BIN / "nbdev_test", "--path", chapter.relative_to(ROOT), "--n_workers", "0", OMP_NUM_THREADS="1")
+
+    yield from side_by_side(nbdev_test, request, "test_chapter_runs", "chapter")
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_chapter_runs(chapter: Path):
+def test_chapter_runs(chapter: Path, chapter_runs: dict[object, Future[str]]):
     """nbdev_test says "Success." only when it ran a notebook; on a path that matches none it exits 0 all the same."""
-    assert "Success." in run(BIN / "nbdev_test", "--path", chapter.relative_to(ROOT), "--n_workers", "0")
+    assert "Success." in chapter_runs[chapter].result()
 
 
 def test_a_failing_chapter_would_be_seen(copy: Path):

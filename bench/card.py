@@ -19,6 +19,7 @@ ROWS = {"real": "other real music: the floor",
 STATISTICS = {"notes_per_second": ("notes a second", 1), "polyphony": ("notes that sound at once", 1),
               "register": ("register, median MIDI pitch", 0), "key_clarity": ("clarity of the key", 2),
               "level": ("level, dBFS", 1), "flatness": ("spectral flatness, dB", 1)}
+GPU_WATTS = 700    # an H200's limit, by its datasheet
 WATTS = (5, 15)    # a busy core of a server, its share of memory, supplies and cooling included: an assumption
 
 
@@ -29,9 +30,21 @@ def runs(training: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from runs(ancestor)
 
 
-def seen(training: dict[str, Any]) -> tuple[int, float]:
-    """Blocks and hours of all its trainings."""
-    return sum(run["images"] for run in runs(training)), sum(run["seconds"] for run in runs(training)) / 3600
+def seen(training: dict[str, Any]) -> dict[str, tuple[int, float]]:
+    """Blocks and hours of all its trainings, by the device that they ran on."""
+    found: dict[str, tuple[int, float]] = {}
+    for run in reversed([*runs(training)]):
+        blocks, hours = found.get(device := run.get("device", "cpu"), (0, 0.0))
+        found[device] = blocks + run["images"], hours + run["seconds"] / 3600
+    return found
+
+
+def told(training: dict[str, Any]) -> str:
+    """How much it has seen, where and in what time."""
+    parts = [f"{blocks:,} in " + (f"{hours:.1f} hours on one core of a shared CPU" if device == "cpu" else
+                                  f"{60 * hours:.0f} minutes on one {device}")
+             for device, (blocks, hours) in seen(training).items()]
+    return f"{sum(blocks for blocks, _ in seen(training).values()):,} blocks: {', then '.join(parts)}"
 
 
 def between(low: float, high: float, digits: int) -> str:
@@ -86,20 +99,18 @@ def losses(training: dict[str, Any]) -> str:
 
 def cost(training: dict[str, Any]) -> str:
     """Hours, and the energy that these may have taken."""
-    blocks, hours = seen(training)
-    energy = [watts * hours for watts in WATTS]
+    hours = {device: hours for device, (_, hours) in seen(training).items()}
+    energy = [sum(GPU_WATTS * h if device != "cpu" else watts * h for device, h in hours.items()) for watts in WATTS]
     litres = [watt_hours * 3600 / (4186 * 80) for watt_hours in energy]    # from 20 °C
-    minutes = [watt_hours / 300 * 60 for watt_hours in energy]
-    return (f"`nano` has seen {blocks:,} blocks in {hours:.1f} hours on one core of a shared CPU. At "
-            f"{between(*WATTS, 0)} W these are {between(*energy, 0)} Wh,\nwhat it takes to boil {between(*litres, 1)} "
-            f"litres of water; a GPU of 300 W takes it in {between(*minutes, 0)} minutes.\n")
+    return (f"`nano` has seen {told(training)}.\nAt {between(*WATTS, 0)} W for the core, and {GPU_WATTS} W for the GPU "
+            f"(what it may draw at most), that took {between(*energy, 0)} Wh: as much as it takes\nto boil "
+            f"{between(*litres, 1)} litres of water.\n")
 
 
 def parts(config: dict[str, Any], report: dict[str, Any]) -> dict[Path, str]:
     """Each file's part between its marks."""
     training = config["training"]
-    blocks, hours = seen(training)
-    age = f"It has seen {blocks:,} blocks in {hours:.1f} hours of training on one core of a shared CPU.\n"
+    age = f"It has seen {told(training)}.\n"
     measured = f"{distances(report)}\n{music(report)}"
     return {ROOT / "README.md": f"{age}\n{measured}",
             MODEL / "README.md": f"{age}\n{losses(training)}\n{measured}",

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -508,6 +508,7 @@ class _Trainer:
         config, info = self.config, self.data.info
         training = {"images": self.images, "seconds": round(self.seconds), "data": info.source, "hours": info.hours,
                     "validation": self.validation, "ancestor": self.ancestor, "torch": torch.__version__,
+                    "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
                     "settings": {k: v for k, v in _plain(config).items() if k != "unet"}}
         return {"format": MODEL_FORMAT, "name": "custom" if config.unet else config.preset, "preset": config.preset,
                 "spectrogram": asdict(info.cfg), "unet": _plain(config.network), "mean": self.mean, "std": self.std,

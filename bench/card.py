@@ -41,10 +41,11 @@ def seen(training: dict[str, Any]) -> dict[str, tuple[int, float]]:
 
 def told(training: dict[str, Any]) -> str:
     """How much it has seen, where and in what time."""
+    goes = seen(training)
     parts = [f"{blocks:,} in " + (f"{hours:.1f} hours on one core of a shared CPU" if device == "cpu" else
                                   f"{60 * hours:.0f} minutes on one {device}")
-             for device, (blocks, hours) in seen(training).items()]
-    return f"{sum(blocks for blocks, _ in seen(training).values()):,} blocks: {', then '.join(parts)}"
+             for device, (blocks, hours) in goes.items()]
+    return f"{sum(blocks for blocks, _ in goes.values()):,} blocks: {', then '.join(parts)}"
 
 
 def between(low: float, high: float, digits: int) -> str:
@@ -99,8 +100,8 @@ def losses(training: dict[str, Any]) -> str:
 
 def cost(training: dict[str, Any]) -> str:
     """Hours, and the energy that these may have taken."""
-    hours = {device: hours for device, (_, hours) in seen(training).items()}
-    energy = [sum(GPU_WATTS * h if device != "cpu" else watts * h for device, h in hours.items()) for watts in WATTS]
+    energy = [sum((watts if device == "cpu" else GPU_WATTS) * hours for device, (_, hours) in seen(training).items())
+              for watts in WATTS]
     litres = [watt_hours * 3600 / (4186 * 80) for watt_hours in energy]    # from 20 °C
     return (f"`nano` has seen {told(training)}.\nAt {between(*WATTS, 0)} W for the core, and {GPU_WATTS} W for the GPU "
             f"(what it may draw at most), that took {between(*energy, 0)} Wh: as much as it takes\nto boil "

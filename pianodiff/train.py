@@ -573,7 +573,6 @@ class _Trainer:
 def _loop(trainer: _Trainer, on_snapshot: Callable[[Path, int], object] | None) -> None:
     """Train to the end, or until told to stop."""
     config, due = trainer.config, trainer.due
-
     progress = _Progress(trainer.run, config, trainer.images, trainer.seconds, trainer.main)
     with _Stop() as stop, closing(progress):
         clock = time.perf_counter()

@@ -108,9 +108,9 @@ COMMANDS = {
 }
 
 
-def run(*command: object, cwd: Path = ROOT, **env: str) -> str:
+def run(*command: object, cwd: Path = ROOT) -> str:
     """What the command printed; the test fails with it if the command does."""
-    env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **env}
+    env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     return done.stdout + done.stderr
@@ -138,7 +138,7 @@ def test_every_module_has_a_notebook():
 def chapter_runs(request: pytest.FixtureRequest) -> Iterator[dict[object, Future[str]]]:
     """What nbdev_test prints for each chapter that is to be tested."""
     def nbdev_test(chapter: Path) -> str:
-        return run(BIN / "nbdev_test", "--path", chapter.relative_to(ROOT), "--n_workers", "0", OMP_NUM_THREADS="1")
+        return run(BIN / "nbdev_test", "--path", chapter.relative_to(ROOT), "--n_workers", "0")
 
     yield from side_by_side(nbdev_test, request, "test_chapter_runs", "chapter")
 

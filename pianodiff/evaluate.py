@@ -205,22 +205,26 @@ def _key(model: Path, *settings: Any) -> str:
 
 
 def _kept(path: Path) -> dict[str, Tensor] | None:
-    """A piece that was made before; None if there is none, or it is damaged."""
+    """Pieces that were made before; None if there are none, or they are damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError):
         return None
 
 
-def _made_or_kept(piano: Piano, path: Path, blocks: int, report: Callable[[int], Any], *, seed: int,
+_TOGETHER = 5  # pieces made side by side: as many on every machine, since rounding depends on it
+
+
+def _made_or_kept(piano: Piano, path: Path, blocks: int, report: Callable[[int], Any], seeds: Sequence[int],
                   **how: Any) -> dict[str, Tensor]:
-    """A piece's spectrogram and its sound, from the file at `path`, or made and kept there; blocks are reported."""
+    """Some pieces' spectrograms and sounds, from the file at `path`, or made and kept there; blocks are reported."""
     if (found := _kept(path)) is not None:
-        report(blocks)
+        report(blocks * len(seeds))
         return found
-    spec = piano.spectrogram(blocks * piano.cfg.block_seconds, seed=seed, **how,
-                             callback=lambda progress: report(progress.step == progress.num_steps))
-    found = {"spec": spec, "wave": _inverted(spec, piano.cfg, seed)}
+    specs = piano.spectrograms(blocks * piano.cfg.block_seconds, seeds, **how, callback=lambda progress: report(
+        len(seeds) * (progress.step == progress.num_steps)))
+    waves = [_inverted(spec, piano.cfg, seed) for spec, seed in zip(specs, seeds, strict=True)]
+    found = {"spec": specs, "wave": torch.stack(waves)}
     write_whole(path, save(found))
     return found
 
@@ -257,9 +261,9 @@ def make_pieces(
 ) -> list[Piece]:
     """What a model makes of the seeds from `seed` on: the whole blocks of each piece's `seconds`.
 
-    Phases are retrieved as for real music that is `retrieved`. Each piece is kept in the folder `cache`, and not made
-    again. Raises FileNotFoundError for a model that isn't there, and ValueError for one, or settings, of no use: these
-    also if they give fewer than `least` blocks.
+    Phases are retrieved as for real music that is `retrieved`. Five pieces at a time are made side by side, kept in the
+    folder `cache`, and not made again. Raises FileNotFoundError for a model that isn't there, and ValueError for one,
+    or settings, of no use: these also if they give fewer than `least` blocks.
     """
     folder, home = find_model(model), Path(cache)
     piano = Piano.from_pretrained(folder)
@@ -273,12 +277,15 @@ def make_pieces(
     home.mkdir(parents=True, exist_ok=True)
     with _blocks_bar(pieces * blocks, folder.name) as report:
 
-        def make(i: int) -> Piece:
-            path = home / f"{_key(folder, blocks, *how.values(), i)}.safetensors"
-            found = _made_or_kept(piano, path, blocks, report, seed=i, **how)
-            return Piece(f"seed {i}", f"seed {i}", found["wave"], found["spec"])
+        def make(seeds: range) -> list[Piece]:
+            path = home / f"{_key(folder, blocks, *how.values(), seeds)}.safetensors"
+            found = _made_or_kept(piano, path, blocks, report, seeds, **how)
+            return [Piece(f"seed {i}", f"seed {i}", *made)
+                    for i, *made in zip(seeds, found["wave"], found["spec"], strict=True)]
 
-        return list(_in_order(make, range(seed, seed + pieces)))
+        end = seed + pieces
+        some = (range(first, min(first + _TOGETHER, end)) for first in range(seed, end, _TOGETHER))
+        return [piece for made in _in_order(make, some) for piece in made]
 
 # %% ../nbs/09_evaluate.ipynb #a7e7487b
 def split_pieces(pieces: Sequence[Piece], blocks: int, cfg: SpectrogramConfig,

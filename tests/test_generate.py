@@ -86,6 +86,19 @@ def test_a_longer_piece_begins_with_the_shorter(piano, prompt):
         assert 0 <= long.min() and long.max() <= 1 and long.std() > 0.05
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
+def test_pieces_made_side_by_side_are_those_made_one_by_one(piano, sampler):
+    how = {"sampler": sampler, "num_steps": 4, "guidance": 3.0}
+    steps = []
+    together = piano.spectrograms(0.3, [3, 5, 8], **how, callback=steps.append)
+    assert len(steps) == 4 * math.ceil(0.3 / CFG.block_seconds)
+    for seed, made in zip((3, 5, 8), together, strict=True):
+        torch.testing.assert_close(made, piano.spectrogram(0.3, seed=seed, **how), atol=1e-4, rtol=0)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+    with pytest.raises(ValueError, match="seed must be a whole number from 0, not -1"):
+        piano.spectrograms(0.3, [3, -1], **how)
+
+
 def test_each_block_follows_its_predecessor(piano, monkeypatch):
     seen = []
     monkeypatch.setattr(piano.denoiser, "forward", lambda x, sigma, cond: seen.append(cond) or torch.full_like(x, 0.25))
@@ -252,7 +265,7 @@ def test_a_stream_is_as_good_as_a_single_inversion(monkeypatch):
     music = example_performance(6 * cfg.block_seconds, seed=0)
     prompt, known = music[: cfg.block_samples] / 2, music[: cfg.block_samples].abs().max()
     spec = to_spectrogram(music / known, cfg)[:, cfg.n_frames :]  # in place of a good model's
-    monkeypatch.setattr(piano, "_blocks", lambda *how: iter(spec.split(cfg.n_frames, dim=1)))
+    monkeypatch.setattr(piano, "_blocks", lambda *how: iter(spec[None].split(cfg.n_frames, dim=2)))
     for start in (None, prompt):
         target, quality = ruler(music[cfg.block_samples :] * (0.5 if start is not None else 1 / known))[:, :-10], []
         for wave in (piano.generate(10, seed=0, prompt=start), torch.cat(list(piano.stream(10, seed=0, prompt=start)))):

@@ -79,6 +79,7 @@ CONTRACT = {
     "generate.Piano.generate": "seconds * seed prompt sampler num_steps guidance guidance_interval callback",
     "generate.Piano.stream": "seconds * seed prompt sampler num_steps guidance guidance_interval callback",
     "generate.Piano.spectrogram": "seconds * seed prompt sampler num_steps guidance guidance_interval callback",
+    "generate.Piano.spectrograms": "seconds seeds * sampler num_steps guidance guidance_interval callback",
     "generate.Piano.save_pretrained": "folder",
     "show.player": "wave sample_rate * title",
     "show.slider": "frames cfg * label",

@@ -103,6 +103,6 @@ def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypa
     assert printed[-1].endswith(f"{first['choice']['evaluations']} evaluations; then guidance "
                                 f"{first['guidance']['choice']:g}") and "heun" in printed[1]
 
-    monkeypatch.setattr(Piano, "spectrogram", None)  # all is in the cache
+    monkeypatch.setattr(Piano, "spectrograms", None)  # all is in the cache
     again = run()
     assert all(again[part] == first[part] for part in ("settings", "guidance", "controls"))

@@ -1,4 +1,4 @@
-"""Writes what was measured of the shipped model into README, its card and the book, between `<!-- nano -->` marks.
+"""Writes what was measured of the shipped models into README, cards and book, between `<!-- models -->` marks.
 
 All of it is read from what training (config.json) and `pianodiff evaluate` (report.json) left beside the weights.
 """
@@ -12,14 +12,14 @@ from typing import Any
 from table import update
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "pianodiff" / "weights" / "nano"
+MODELS = ROOT / "pianodiff" / "weights"
 ROWS = {"real": "other real music: the floor",
         "retrieved": "the same through spectrogram and phase retrieval: the ceiling",
-        "model": "**nano**", "noise": "white noise"}
+        "noise": "white noise"}
 STATISTICS = {"notes_per_second": ("notes a second", 1), "polyphony": ("notes that sound at once", 1),
               "register": ("register, median MIDI pitch", 0), "key_clarity": ("clarity of the key", 2),
               "level": ("level, dBFS", 1), "flatness": ("spectral flatness, dB", 1)}
-GPU_WATTS = 700    # an H200's limit, by its datasheet
+GPU_WATTS = 700    # an H100's or H200's limit, by their datasheets
 WATTS = (5, 15)    # a busy core of a server, its share of memory, supplies and cooling included: an assumption
 
 
@@ -58,36 +58,49 @@ def table(header: str, rows: list[str]) -> str:
     return "\n".join([header, "|---" * columns + "|", *rows]) + "\n"
 
 
-def distances(report: dict[str, Any]) -> str:
-    """The four rows under the first embedding."""
-    name, found = next(iter(report["distances"].items()))
+def distances(reports: dict[str, dict[str, Any]]) -> str:
+    """The rows under the first embedding: the controls, which all models share, and each model's."""
+    report = next(iter(reports.values()))
+    name, controls = next(iter(report["distances"].items()))
+    found = {label: controls[key] for key, label in ROWS.items()}
+    models = {f"**{model}**": report["distances"][name]["model"] for model, report in reports.items()}
+    noise = found.popitem()
     rows = [f"| {label} | {row['frechet']:.2f} | {between(*row['frechet_interval'], 1)} | {row['kernel']:.3f} "
-            f"| {between(*row['kernel_interval'], 3)} |" for key, label in ROWS.items() for row in [found[key]]]
-    clips, reference, floors = found["model"]["clips"], report["reference"], report["floors"][name]
-    real, model = (f"{min(row):.1f} to {max(row):.1f} (median {median(row):.1f})"
-                   for row in (floors["real"], floors["model"]))
+            f"| {between(*row['kernel_interval'], 3)} |" for label, row in [*found.items(), *models.items(), noise]]
+    clips, pieces, floor = controls["model"]["clips"], controls["model"]["pieces"], report["floors"][name]["real"]
+    reference = report["reference"]
+    others = ", ".join(f"that of `{model}` from the same references {spread(report['floors'][name]['model'])}"
+                       for model, report in reports.items())
     return (f"Distance of {clips} blocks from {reference['blocks']:,} blocks of {reference['pieces']} "
-            f"performances that it was not trained on, to the built-in embedding `{name.partition('-')[0]}`:\n\n"
+            f"performances that no model was trained on, to the built-in embedding `{name.partition('-')[0]}`:\n\n"
             + table(f"| {clips} blocks of | Fréchet | 95 % | kernel | 95 % |", rows)
-            + f"\nThe intervals are over pieces, {found['model']['pieces']} by the model and {found['real']['pieces']} "
+            + f"\nThe intervals are over pieces, {pieces} by a model and {controls['real']['pieces']} "
             "real ones, and about infinitely many of them: so few real\npieces tell little of real music. Over "
-            f"{len(floors['real'])} random splits by title, the Fréchet distance of other real music from the rest is\n"
-            f"{real}, that of the model from the same references {model}.\n")
+            f"{len(floor)} random splits by title, the Fréchet distance of other real music from the rest is\n"
+            f"{spread(floor)}, {others}.\n")
 
 
-def music(report: dict[str, Any]) -> str:
-    """The medians of the model's blocks beside those of real music and noise, and how surely its joins can be told."""
-    rows = ["| " + " | ".join([label, *(f"{report['statistics'][key][whose]['median']:.{digits}f}"
-                                        for whose in ("model", "reference", "noise"))]) + " |"
+def spread(values: list[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f} (median {median(values):.1f})"
+
+
+def music(reports: dict[str, dict[str, Any]]) -> str:
+    """The medians of models' blocks beside those of real music and noise, and how surely their joins can be told."""
+    report = next(iter(reports.values()))
+    columns = [(found, "model") for found in reports.values()] + [(report, "reference"), (report, "noise")]
+    rows = ["| " + " | ".join([label, *(f"{found['statistics'][key][whose]['median']:.{digits}f}"
+                                        for found, whose in columns)]) + " |"
             for key, (label, digits) in STATISTICS.items()]
-    flux = {name: f"{row['flux']['auc']:.2f}" for name, row in report["joins"].items()}
-    rows += ["| probability that a join shows more flux than a block's middle "
-             f"| {flux['model']} | {flux['real neighbours']} | |"]
-    copies = report["novelty"]["spectrogram"]["verdict"]["share"]
-    rows += ["| blocks as near to a training passage as the nearest 1 % of held-out music "
-             f"| {copies:.1%} | 1 % | |"]
-    return ("Medians of its blocks, its joins, and copies. The noise is white, at the levels of real blocks: where it "
-            "comes near\nmusic, a median says little.\n\n" + table("| | nano | real music | white noise |", rows))
+    flux = [found["joins"]["model"]["flux"]["auc"] for found in reports.values()]
+    real = report["joins"]["real neighbours"]["flux"]["auc"]
+    rows += ["| probability that a join shows more flux than a block's middle | "
+             + " | ".join(f"{auc:.2f}" for auc in [*flux, real]) + " | |"]
+    copies = [found["novelty"]["spectrogram"]["verdict"]["share"] for found in reports.values()]
+    rows += ["| blocks as near to a training passage as the nearest 1 % of held-out music | "
+             + " | ".join([*(f"{share:.1%}" for share in copies), "1 %"]) + " | |"]
+    return ("Medians of blocks, joins, and copies. The noise is white, at the levels of real blocks: where it "
+            "comes near\nmusic, a median says little.\n\n"
+            + table(f"| | {' | '.join(reports)} | real music | white noise |", rows))
 
 
 def losses(training: dict[str, Any]) -> str:
@@ -98,27 +111,43 @@ def losses(training: dict[str, Any]) -> str:
             + table("| sigma | loss |", rows))
 
 
-def cost(training: dict[str, Any]) -> str:
+def cost(trainings: dict[str, dict[str, Any]]) -> str:
     """Hours, and the energy that these may have taken."""
-    energy = [sum((watts if device == "cpu" else GPU_WATTS) * hours for device, (_, hours) in seen(training).items())
-              for watts in WATTS]
-    litres = [watt_hours * 3600 / (4186 * 80) for watt_hours in energy]    # from 20 °C
-    return (f"`nano` has seen {told(training)}.\nAt {between(*WATTS, 0)} W for the core, and {GPU_WATTS} W for the GPU "
-            f"(what it may draw at most), that took {between(*energy, 0)} Wh: as much as it takes\nto boil "
-            f"{between(*litres, 1)} litres of water.\n")
+    text = ""
+    for model, training in trainings.items():
+        energy = [sum((watts if device == "cpu" else GPU_WATTS) * hours
+                      for device, (_, hours) in seen(training).items()) for watts in WATTS]
+        litres = [watt_hours * 3600 / (4186 * 80) for watt_hours in energy]    # from 20 °C
+        text += (f"`{model}` has seen {told(training)}.\nThat took {spend(energy, 0)} Wh, as much as it takes to boil "
+                 f"{spend(litres, 1)} litres of water.\n")
+    return text + f"A core is taken to draw {between(*WATTS, 0)} W, and the GPU {GPU_WATTS} W, the most that it may.\n"
 
 
-def parts(config: dict[str, Any], report: dict[str, Any]) -> dict[Path, str]:
+def spend(values: list[float], digits: int) -> str:
+    """The least and the most, or the one figure that both are."""
+    low, high = (f"{value:.{digits}f}" for value in values)
+    return low if low == high else f"{low} – {high}"
+
+
+def models() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Configuration and report of each model that ships, the smallest first."""
+    folders = sorted(MODELS.iterdir(), key=lambda folder: (folder / "model.safetensors").stat().st_size)
+    return {folder.name: tuple(json.loads((folder / name).read_text()) for name in ("config.json", "report.json"))
+            for folder in folders}
+
+
+def parts(found: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[Path, str]:
     """Each file's part between its marks."""
-    training = config["training"]
-    age = f"It has seen {told(training)}.\n"
-    measured = f"{distances(report)}\n{music(report)}"
-    return {ROOT / "README.md": f"{age}\n{measured}",
-            MODEL / "README.md": f"{age}\n{losses(training)}\n{measured}",
-            ROOT / "book" / "related.md": cost(training)}
+    trainings = {model: config["training"] for model, (config, _) in found.items()}
+    reports = {model: report for model, (_, report) in found.items()}
+    ages = "".join(f"`{model}` has seen {told(training)}.\n" for model, training in trainings.items())
+    cards = {MODELS / model / "README.md": f"It has seen {told(training)}.\n\n{losses(training)}\n"
+             + "\n".join(measure({model: reports[model]}) for measure in (distances, music))
+             for model, training in trainings.items()}
+    return cards | {ROOT / "README.md": f"{ages}\n{distances(reports)}\n{music(reports)}",
+                    ROOT / "book" / "related.md": cost(trainings)}
 
 
 if __name__ == "__main__":
-    found = parts(*(json.loads((MODEL / name).read_text()) for name in ("config.json", "report.json")))
-    for path, made in found.items():
-        path.write_text(update(path.read_text(), made, "nano"))
+    for path, made in parts(models()).items():
+        path.write_text(update(path.read_text(), made, "models"))

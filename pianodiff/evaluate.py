@@ -522,8 +522,7 @@ def seams(pieces: Sequence[Piece], cfg: SpectrogramConfig, seed: int = 0) -> dic
     pieces = [piece for piece in pieces if len(piece.wave) >= 2 * cfg.block_samples]
     if not pieces:
         return {}
-    joins, inside = (_joined(_in_order(partial(_measured_at, where, cfg=cfg), pieces))
-                     for where in (join_positions, inside_positions))
+    joins, inside = map(_joined, zip(*_in_order(partial(_both_sides, cfg=cfg), pieces), strict=True))
     table: dict[str, dict[str, float]] = {}
     for name in joins:
         at, control = (side[name][~side[name].isnan()] for side in (joins, inside))
@@ -533,13 +532,14 @@ def seams(pieces: Sequence[Piece], cfg: SpectrogramConfig, seed: int = 0) -> dic
     return table
 
 
-def _measured_at(where: Callable[[int, SpectrogramConfig], Tensor], piece: Piece,
-                 cfg: SpectrogramConfig) -> dict[str, Tensor]:
-    positions = where(len(piece.wave), cfg)
-    found = join_measures(piece.wave, positions, cfg)
-    if piece.spec is not None:
-        found["residue"] = retrieval_residue(piece.spec, piece.wave, cfg)[positions // cfg.hop_length]
-    return found
+def _both_sides(piece: Piece, cfg: SpectrogramConfig) -> list[dict[str, Tensor]]:
+    """What is measured at a piece's joins, and inside its blocks."""
+    residue = None if piece.spec is None else retrieval_residue(piece.spec, piece.wave, cfg)
+    sides = []
+    for positions in (join_positions(len(piece.wave), cfg), inside_positions(len(piece.wave), cfg)):
+        found = join_measures(piece.wave, positions, cfg)
+        sides.append(found if residue is None else found | {"residue": residue[positions // cfg.hop_length]})
+    return sides
 
 
 def rejoined(pieces: Sequence[Piece], cfg: SpectrogramConfig, *, across: bool, seed: int = 0) -> list[Piece]:

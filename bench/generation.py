@@ -1,4 +1,4 @@
-"""From a seed to sound with the shipped model: against real time, and until the first sound."""
+"""From a seed to sound with the shipped models: against real time, and until the first sound."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -38,8 +38,9 @@ def first_sound(name: str = "nano", device: str = "cpu", *, runs: int = 7, **set
 
 def records() -> Iterator[Record]:
     for device in devices():
-        yield real_time(Piano.from_pretrained("nano", device))
-        yield first_sound(device=device)
+        for name in ("nano", "base"):
+            yield real_time(Piano.from_pretrained(name, device))
+            yield first_sound(name, device)
 
 
 if __name__ == "__main__":

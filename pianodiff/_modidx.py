@@ -176,6 +176,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'pianodiff.evaluate._described': ('evaluate.html#_described', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._distances_section': ('evaluate.html#_distances_section', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._drift_section': ('evaluate.html#_drift_section', 'pianodiff/evaluate.py'),
+                                    'pianodiff.evaluate._enough': ('evaluate.html#_enough', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._facts': ('evaluate.html#_facts', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._far_apart': ('evaluate.html#_far_apart', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._gather': ('evaluate.html#_gather', 'pianodiff/evaluate.py'),

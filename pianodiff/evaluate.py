@@ -12,6 +12,7 @@ import base64
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -137,6 +138,12 @@ def _read_piece(recording: Recording, source: str, cfg: SpectrogramConfig, most:
     return Piece(recording.path, recording.title, kept)
 
 
+def _enough(found: Sequence[Recording], blocks: int, most: int | None, cfg: SpectrogramConfig) -> int:
+    """How many of the recordings, in their order, hold so many blocks by their durations; all if they don't tell."""
+    held = itertools.accumulate(min(int(r.duration / cfg.block_seconds), most or 10**9) for r in found)
+    return next((n for n, total in enumerate(held, 1) if total >= blocks), len(found))
+
+
 def _take(found: Iterable[tuple[Recording, Piece | str]], blocks: int | None, shown: str,
           cfg: SpectrogramConfig) -> tuple[list[Piece], dict[str, str]]:
     """Pieces until there are enough blocks, and the reason for each recording that is none."""
@@ -184,7 +191,10 @@ def read_pieces(
         soundfont = find_soundfont(soundfont)
     read = partial(_read_piece, source=str(source), cfg=cfg, most=most, normalize=normalize,
                    soundfont=str(soundfont) if soundfont else None)
-    pieces, skipped = _take(zip(found, _in_order(read, found), strict=False), blocks, f"read {Path(source).name}", cfg)
+    enough = _enough(found, blocks, most, cfg) if blocks else len(found)  # no more are begun, unless some are no use
+    tried = (pair for some in (found[:enough], found[enough:])
+             for pair in zip(some, _in_order(read, some), strict=True))
+    pieces, skipped = _take(tried, blocks, f"read {Path(source).name}", cfg)
     if not pieces:
         path, reason = next(iter(skipped.items()))
         raise ValueError(f"none of the {len(found)} recordings in {source} can be used; {path}: {reason}")

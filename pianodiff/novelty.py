@@ -519,7 +519,7 @@ def nearest_vectors(queries: Tensor, corpus: Tensor, *, k: int = 10, groups: Ten
     square = c.square().sum(1)
     for part in queries.split(max(1, chunk // len(corpus))):
         q = part.to(device, torch.float64)
-        distance = q.square().sum(1, keepdim=True) + square - 2 * q @ c.T  # Eq. (expanded), without its unit length
+        distance = torch.addmm(square, q, c.T, alpha=-2)  # Eq. (expanded) without |q|^2, which doesn't change the order
         if groups is None:
             column = distance.topk(k, largest=False).indices
         else:

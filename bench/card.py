@@ -42,10 +42,12 @@ def seen(training: dict[str, Any]) -> dict[str, tuple[int, float]]:
 def told(training: dict[str, Any]) -> str:
     """How much it has seen, where and in what time."""
     goes = seen(training)
-    parts = [f"{blocks:,} in " + (f"{hours:.1f} hours on one core of a shared CPU" if device == "cpu" else
-                                  f"{60 * hours:.0f} minutes on one {device}")
-             for device, (blocks, hours) in goes.items()]
-    return f"{sum(blocks for blocks, _ in goes.values()):,} blocks: {', then '.join(parts)}"
+    times = [f"in {hours:.1f} hours on one core of a shared CPU" if device == "cpu" else
+             f"in {60 * hours:.0f} minutes on one {device}" for device, (_, hours) in goes.items()]
+    counts = [blocks for blocks, _ in goes.values()]
+    if len(goes) == 1:
+        return f"{counts[0]:,} blocks {times[0]}"
+    return f"{sum(counts):,} blocks: " + ", then ".join(f"{n:,} {time}" for n, time in zip(counts, times, strict=True))
 
 
 def between(low: float, high: float, digits: int) -> str:
@@ -69,15 +71,14 @@ def distances(reports: dict[str, dict[str, Any]]) -> str:
             f"| {between(*row['kernel_interval'], 3)} |" for label, row in [*found.items(), *models.items(), noise]]
     clips, pieces, floor = controls["model"]["clips"], controls["model"]["pieces"], report["floors"][name]["real"]
     reference = report["reference"]
-    others = ", ".join(f"that of `{model}` from the same references {spread(report['floors'][name]['model'])}"
-                       for model, report in reports.items())
+    models_are = ", ".join(f"`{model}` {spread(report['floors'][name]['model'])}" for model, report in reports.items())
     return (f"Distance of {clips} blocks from {reference['blocks']:,} blocks of {reference['pieces']} "
             f"performances that no model was trained on, to the built-in embedding `{name.partition('-')[0]}`:\n\n"
             + table(f"| {clips} blocks of | Fréchet | 95 % | kernel | 95 % |", rows)
             + f"\nThe intervals are over pieces, {pieces} by a model and {controls['real']['pieces']} "
             "real ones, and about infinitely many of them: so few real\npieces tell little of real music. Over "
             f"{len(floor)} random splits by title, the Fréchet distance of other real music from the rest is\n"
-            f"{spread(floor)}, {others}.\n")
+            f"{spread(floor)}. From the same references lies {models_are}.\n")
 
 
 def spread(values: list[float]) -> str:

@@ -221,6 +221,7 @@ def test_a_model_has_seen_what_its_ancestors_saw(bench):
     first = {"images": 1, "seconds": 0}
     training = {"images": 5, "seconds": 1800, "ancestor": {"images": 7, "seconds": 5400, "ancestor": first}}
     assert bench["card"].seen(training) == {"cpu": (13, 2.0)}
+    assert bench["card"].told(training) == "13 blocks in 2.0 hours on one core of a shared CPU"
     training = {"images": 20, "seconds": 90, "device": "GPU", "ancestor": training}
     assert bench["card"].seen(training) == {"cpu": (13, 2.0), "GPU": (20, 0.025)}
     assert bench["card"].told(training) == ("33 blocks: 13 in 2.0 hours on one core of a shared CPU, then 20 in "

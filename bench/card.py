@@ -13,9 +13,8 @@ from table import update
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "pianodiff" / "weights"
-ROWS = {"real": "other real music: the floor",
-        "retrieved": "the same through spectrogram and phase retrieval: the ceiling",
-        "noise": "white noise"}
+CONTROLS = {"real": "other real music: the floor",
+            "retrieved": "the same through spectrogram and phase retrieval: the ceiling"}
 STATISTICS = {"notes_per_second": ("notes a second", 1), "polyphony": ("notes that sound at once", 1),
               "register": ("register, median MIDI pitch", 0), "key_clarity": ("clarity of the key", 2),
               "level": ("level, dBFS", 1), "flatness": ("spectral flatness, dB", 1)}
@@ -51,8 +50,9 @@ def told(training: dict[str, Any]) -> str:
 
 
 def between(low: float, high: float, digits: int) -> str:
-    """An interval, with signs that can't be taken for its dash."""
-    return f"{low:.{digits}f} – {high:.{digits}f}".replace("-", "−")
+    """An interval, with signs that can't be taken for its dash; or the one figure that both its ends are."""
+    ends = dict.fromkeys(f"{end:.{digits}f}" for end in (low, high))
+    return " – ".join(ends).replace("-", "−")
 
 
 def table(header: str, rows: list[str]) -> str:
@@ -64,24 +64,25 @@ def distances(reports: dict[str, dict[str, Any]]) -> str:
     """The rows under the first embedding: the controls, which all models share, and each model's."""
     report = next(iter(reports.values()))
     name, controls = next(iter(report["distances"].items()))
-    found = {label: controls[key] for key, label in ROWS.items()}
-    models = {f"**{model}**": report["distances"][name]["model"] for model, report in reports.items()}
-    noise = found.popitem()
+    found = ({label: controls[key] for key, label in CONTROLS.items()}
+             | {f"**{model}**": report["distances"][name]["model"] for model, report in reports.items()}
+             | {"white noise": controls["noise"]})
     rows = [f"| {label} | {row['frechet']:.2f} | {between(*row['frechet_interval'], 1)} | {row['kernel']:.3f} "
-            f"| {between(*row['kernel_interval'], 3)} |" for label, row in [*found.items(), *models.items(), noise]]
+            f"| {between(*row['kernel_interval'], 3)} |" for label, row in found.items()]
     clips, pieces, floor = controls["model"]["clips"], controls["model"]["pieces"], report["floors"][name]["real"]
     reference = report["reference"]
-    models_are = ", ".join(f"`{model}` {spread(report['floors'][name]['model'])}" for model, report in reports.items())
+    away = ", ".join(f"`{model}` {spread(report['floors'][name]['model'])}" for model, report in reports.items())
     return (f"Distance of {clips} blocks from {reference['blocks']:,} blocks of {reference['pieces']} "
             f"performances that no model was trained on, to the built-in embedding `{name.partition('-')[0]}`:\n\n"
             + table(f"| {clips} blocks of | Fréchet | 95 % | kernel | 95 % |", rows)
             + f"\nThe intervals are over pieces, {pieces} by a model and {controls['real']['pieces']} "
             "real ones, and about infinitely many of them: so few real\npieces tell little of real music. Over "
             f"{len(floor)} random splits by title, the Fréchet distance of other real music from the rest is\n"
-            f"{spread(floor)}. From the same references lies {models_are}.\n")
+            f"{spread(floor)}. From the same references lies {away}.\n")
 
 
 def spread(values: list[float]) -> str:
+    """The least, the most, and the median."""
     return f"{min(values):.1f} to {max(values):.1f} (median {median(values):.1f})"
 
 
@@ -119,15 +120,9 @@ def cost(trainings: dict[str, dict[str, Any]]) -> str:
         energy = [sum((watts if device == "cpu" else GPU_WATTS) * hours
                       for device, (_, hours) in seen(training).items()) for watts in WATTS]
         litres = [watt_hours * 3600 / (4186 * 80) for watt_hours in energy]    # from 20 °C
-        text += (f"`{model}` has seen {told(training)}.\nThat took {spend(energy, 0)} Wh, as much as it takes to boil "
-                 f"{spend(litres, 1)} litres of water.\n")
+        text += (f"`{model}` has seen {told(training)}.\nThat took {between(*energy, 0)} Wh, as much as it takes "
+                 f"to boil {between(*litres, 1)} litres of water.\n")
     return text + f"A core is taken to draw {between(*WATTS, 0)} W, and the GPU {GPU_WATTS} W, the most that it may.\n"
-
-
-def spend(values: list[float], digits: int) -> str:
-    """The least and the most, or the one figure that both are."""
-    low, high = (f"{value:.{digits}f}" for value in values)
-    return low if low == high else f"{low} – {high}"
 
 
 def models() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:

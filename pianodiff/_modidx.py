@@ -491,4 +491,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'pianodiff.unet.check_replaceable': ('unet.html#check_replaceable', 'pianodiff/unet.py'),
                                 'pianodiff.unet.count': ('unet.html#count', 'pianodiff/unet.py'),
                                 'pianodiff.unet.load_model': ('unet.html#load_model', 'pianodiff/unet.py'),
+                                'pianodiff.unet.noise_levels': ('unet.html#noise_levels', 'pianodiff/unet.py'),
                                 'pianodiff.unet.save_model': ('unet.html#save_model', 'pianodiff/unet.py')}}}

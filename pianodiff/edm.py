@@ -45,15 +45,15 @@ class Denoiser(nn.Module):
 
     The network runs in the dtype of its own parameters, everything around it in x's dtype (float32 at least).
     Floating-point tensors in `cond`, alone or in a tuple, are cast for the network; anything else passes unchanged.
-    `sigma_min`, `sigma_max` and `round_sigma` are what Karras et al.'s `edm_sampler` asks of a network.
+    `sigma_min`, `sigma_max` and `round_sigma` are what Karras et al.'s `edm_sampler` asks of a network; it starts no
+    higher than at `sigma_max`.
     """
 
     sigma_min = 0.002
-    sigma_max = 80.0
 
-    def __init__(self, net: Callable[..., Tensor], sigma_data: float = 0.5):
+    def __init__(self, net: Callable[..., Tensor], sigma_data: float = 0.5, *, sigma_max: float = 80.0):
         super().__init__()
-        self.net, self.sigma_data = net, sigma_data
+        self.net, self.sigma_data, self.sigma_max = net, sigma_data, sigma_max
 
     def forward(self, x: Tensor, sigma: Tensor | float, cond: Any = None) -> Tensor:
         """`x [B, ...]`, any float dtype, and `sigma` > 0, 0-d or `[B]` -> the denoised x, of x's shape and dtype.

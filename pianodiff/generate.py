@@ -29,7 +29,7 @@ from pianodiff.sampler import (
     euler_sample,
     heun_sample,
 )
-from .unet import Past, UNet, load_model, save_model
+from .unet import Past, UNet, load_model, noise_levels, save_model
 
 # %% ../nbs/08_generate.ipynb #2f5ca04b
 def _generator(seed: int, *purpose: int) -> torch.Generator:
@@ -174,7 +174,8 @@ class Piano:
             reason = str(error).splitlines()[0]
             raise ValueError(f"the device {str(device)!r} can't be used ({reason}); 'cpu' always can") from error
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
-        self.denoiser = Denoiser(self.net, config["sigma_data"])
+        self.noise_levels = noise_levels(config)
+        self.denoiser = Denoiser(self.net, config["sigma_data"], sigma_max=self.noise_levels["sigma_max"])
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike = "nano",
@@ -280,8 +281,8 @@ class Piano:
 
         latents = noise(torch.empty(len(seeds), 1, self.cfg.n_bins, self.cfg.n_frames, device=self.device))
         drawn = {"randn_like": noise} if how.sampler in _STOCHASTIC else {}
-        z = SAMPLERS[how.sampler](denoise, latents, past, num_steps=how.num_steps, dtype=torch.float32,
-                                  callback=report, **drawn)
+        z = SAMPLERS[how.sampler](denoise, latents, past, num_steps=how.num_steps, **self.noise_levels,
+                                  dtype=torch.float32, callback=report, **drawn)
         return (mean + scale * z[:, 0]).clamp(0, 1)
 
     def _conditional(self, prev: Tensor | None, count: int, how: _Sampling) -> tuple[Denoise, Past]:

@@ -33,7 +33,17 @@ from tqdm import tqdm
 
 from .data import BlockDataset, Store, ahead
 from .edm import Denoiser, denoising_loss, edm_loss
-from .unet import MODEL_FORMAT, PRESETS, UNet, UNetConfig, check_replaceable, load_model, save_model
+from pianodiff.unet import (
+    MODEL_FORMAT,
+    NOISE_LEVELS,
+    PRESETS,
+    UNet,
+    UNetConfig,
+    check_replaceable,
+    load_model,
+    noise_levels,
+    save_model,
+)
 
 try:
     import fcntl
@@ -467,7 +477,7 @@ class _Trainer:
                                  f"{differences}; choose the model's preset")
         self.net.load_state_dict(net.state_dict())
         self.mean, self.std = model["mean"], model["std"]
-        self.ancestor = {"name": model["name"], **model["training"]}
+        self.ancestor = {"name": model["name"], **noise_levels(model), **model["training"]}
 
     def _resume(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises ValueError if it is another run's."""
@@ -510,9 +520,11 @@ class _Trainer:
                     "validation": self.validation, "ancestor": self.ancestor, "torch": torch.__version__,
                     "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
                     "settings": {k: v for k, v in _plain(config).items() if k != "unet"}}
-        return {"format": MODEL_FORMAT, "name": "custom" if config.unet else config.preset, "preset": config.preset,
-                "spectrogram": asdict(info.cfg), "unet": _plain(config.network), "mean": self.mean, "std": self.std,
-                "sigma_data": self.denoiser.sigma_data, "training": training}
+        name = "custom" if config.unet else config.preset
+        return {"format": MODEL_FORMAT, "name": name, "preset": config.preset, "spectrogram": asdict(info.cfg),
+                "unet": _plain(config.network), "mean": self.mean, "std": self.std,
+                "sigma_data": self.denoiser.sigma_data, **noise_levels(self.ancestor or NOISE_LEVELS.get(name, {})),
+                "training": training}
 
     def draw(self, step: int) -> dict[str, Tensor]:
         """The blocks of a step; for a GPU in memory from which it can fetch them while it computes."""

@@ -18,6 +18,7 @@ from pianodiff.cli import main
 from pianodiff.data import example_performance
 from pianodiff.edm import karras_sigmas
 from pianodiff.generate import SAMPLERS, Piano, Progress, find_model
+from pianodiff.sampler import heun_sample
 from pianodiff.unet import Past, UNet, UNetConfig
 
 CFG = SpectrogramConfig(n_fft=64, hop_length=16, n_frames=32)
@@ -67,6 +68,16 @@ def test_length(piano, prompt, seconds):
         assert len(pieces) <= math.ceil(total / BLOCK) + 1 and all(len(piece) for piece in pieces)
         frames = math.ceil(total / CFG.hop_length)
         assert piano.spectrogram(seconds, seed=1, prompt=start, **FEW).shape == (CFG.n_bins, frames)
+
+
+def test_a_piano_is_sampled_from_its_models_own_noise(piano, monkeypatch):
+    own = Piano(piano.net, piano.config | {"sigma_max": 300.0, "rho": 5.0}, "cpu")
+    assert own.denoiser.sigma_max == 300 and piano.denoiser.sigma_max == 80
+    asked = []
+    monkeypatch.setitem(SAMPLERS, "heun", lambda *args, **how: asked.append(how) or heun_sample(*args, **how))
+    assert not torch.allclose(own.spectrogram(0.2, seed=5, sampler="heun", **FEW),
+                              piano.spectrogram(0.2, seed=5, sampler="heun", **FEW))
+    assert [(how["sigma_max"], how["rho"]) for how in asked[:: len(asked) - 1]] == [(300, 5), (80, 7)]
 
 
 def test_seed_fixes_everything(piano):

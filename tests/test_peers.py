@@ -17,6 +17,7 @@ from torch import Tensor
 
 import pianodiff.sampler
 from pianodiff.edm import Denoiser, karras_sigmas
+from pianodiff.generate import Piano
 from pianodiff.sampler import dpmpp_2m_sample, dpmpp_3m_sde_sample, euler_ancestral_sample, euler_sample, heun_sample
 from pianodiff.unet import UNet, UNetConfig
 
@@ -83,7 +84,8 @@ def problem(request, network):
 
 
 SCHEDULES = {"into 0": karras_sigmas(12), "not into 0": karras_sigmas(12)[:-1], "one step": karras_sigmas(1),
-             "two steps": torch.tensor([20.0, 0.3, 0.0], dtype=torch.float64)}
+             "two steps": torch.tensor([20.0, 0.3, 0.0], dtype=torch.float64),
+             "nano's own": karras_sigmas(12, **Piano.from_pretrained("nano", "cpu").noise_levels)}
 OURS = {"heun": heun_sample, "euler": euler_sample, "dpmpp_2m": dpmpp_2m_sample, "dpmpp_3m_sde": dpmpp_3m_sde_sample,
         "euler_ancestral": euler_ancestral_sample}
 CASES = [("heun", {}), ("euler", {}), ("dpmpp_2m", {}),

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from pianodiff.train import (
     save_checkpoint,
     train,
 )
-from pianodiff.unet import UNetConfig, load_model
+from pianodiff.unet import UNetConfig, load_model, noise_levels
 
 SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)
 NETWORK = UNetConfig(n_bins=32, n_frames=32, patch=4, channels=(8, 16), blocks=(1, 1), attention=("", "ft"),
@@ -270,6 +271,11 @@ def test_fine_tuning_starts_from_a_model_and_keeps_its_scale(store, whole, tmp_p
     assert (config["mean"], config["std"]) == (old_config["mean"], old_config["std"])
     assert config["mean"] != BlockDataset(other, "train", random_offset=False).info.mean
     assert config["training"]["ancestor"]["images"] == 96 and config["training"]["validation"]["split"] == "train"
+    assert noise_levels(config) == noise_levels(old_config) == {"sigma_max": 80, "rho": 7}  # the ancestor's go on
+    about = whole / "model" / "config.json"
+    louder = shutil.copytree(whole / "model", tmp_path / "louder")
+    (louder / "config.json").write_text(json.dumps(json.loads(about.read_text()) | {"sigma_max": 300.0}))
+    assert noise_levels(load_model(train(other, tmp_path / "run2", still, init=louder))[1])["sigma_max"] == 300
     torch.testing.assert_close(net.state_dict(), old.state_dict(), rtol=0, atol=1e-6)
 
 

@@ -22,6 +22,7 @@ from pianodiff.unet import (
     UNetConfig,
     count,
     load_model,
+    noise_levels,
     save_model,
 )
 
@@ -475,6 +476,7 @@ def test_broken_configurations(model, content):
     *(({"spectrogram": SPECTROGRAM | {name: value}}, f"{name} is ") for name in SPECTROGRAM for value in (0, -1, "8")),
     ({"spectrogram": SPECTROGRAM | {"hop_length": 32.0}}, "hop_length is 32.0"),
     ({"spectrogram": SPECTROGRAM | {"n_frames": 64}}, "a spectrogram of 64x64 for a network of 64x32"),
+    *(({name: value}, f"{name} is ") for name in ("sigma_max", "rho") for value in (None, "80", math.inf, 0.5, True)),
 ])
 def test_a_configuration_that_would_fail_later_is_refused(model, change, reason):
     (model / "config.json").write_text(json.dumps(CONFIG | change))
@@ -488,6 +490,12 @@ def test_a_configuration_without_its_facts_is_refused(model, missing):
     (model / "config.json").write_text(json.dumps({key: value for key, value in CONFIG.items() if key != missing}))
     with pytest.raises(ValueError, match=rf"is not a model's configuration \(KeyError: '{missing}'\)"):
         load_model(model)
+
+
+def test_a_model_says_from_what_noise_it_is_sampled(model):
+    assert noise_levels(load_model(model)[1]) == {"sigma_max": 80.0, "rho": 7.0}  # the paper's, where it says nothing
+    (model / "config.json").write_text(json.dumps(CONFIG | {"sigma_max": 400, "rho": 12.0}))
+    assert noise_levels(load_model(model)[1]) == {"sigma_max": 400, "rho": 12.0}
 
 
 def test_a_model_of_another_format(model):

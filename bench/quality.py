@@ -1,23 +1,30 @@
-"""How many evaluations a block is worth, and how much guidance: quality by setting, and the cheapest that will do.
+"""From how much noise to sample, in how many steps, and with how much guidance: quality by setting.
 
-    python bench/quality.py ../shared/data/asap-maestro-midi.zip
+    python bench/quality.py ../shared/data/asap-maestro-midi.zip --soundfont piano.sf2
 
-Each setting makes the same pieces, from the same seeds, and these are set against real music of other titles as
-`pianodiff evaluate` does it: by the distances of chapter 9 (Fréchet, of shrunk moments since the clips are few, and
-kernel), by the statistics' mean distance in standard deviations, and by how surely the joins can be told. Controls are
-other real music and white noise at its level. Beside that stands how far each first block is from the ODE's solution.
+Each setting makes the same pieces, from the same seeds. They are set against real music of other titles as
+`pianodiff evaluate` does it: by the distances of its report (Fréchet, of shrunk moments since the clips are few, and
+kernel), by the statistics' mean distance in standard deviations, and by how surely the joins can be told. Where the
+reference is MIDI, the ruler of notes.py tells how much of the sound is not made of notes, and of how many the rest is.
+Controls are other real music, the same through phase retrieval, and white noise at its level.
 
-All is compared at one level: a gain for each setting brings the median level of its clips to the reference's. Coarse
-steps make louder music, and a model that plays too softly comes nearer to real music by that. A solver's error that
-cancels a model's is no quality, and a gain would do it for nothing.
+First sigma_max, the noise that sampling starts from. A block's loudness is an average over all its pixels, which
+survives much noise; so the levels of blocks are compared here, as they come. The rule: the lowest sigma_max at which
+the median and the spread (10 to 90 %) of the level lie within the highest's 95 % interval, and no distance is more
+than five per cent above that at the lowest.
+
+Then the steps, and rho, by which they are spread. From here on all is compared at one level: a gain for each setting
+brings the median level of its clips to the reference's. Coarse steps make louder music, and a model that plays too
+softly comes nearer to real music by that. A solver's error that cancels a model's is no quality.
 
 The rule: of the settings without guidance that are surely within five per cent of 40 Heun steps (79 evaluations), the
-cheapest. Surely means that for both distances the upper end of the ratio's 95 % interval is at most 1.05; the interval
-is that of random halves of the pieces, the same of both settings, so that few pieces tell. The ratios of all dearer
-settings of that sampler have to be within five per cent, too, so that no lucky draw is chosen.
+cheapest. Surely means that for both distances, for what is left over beside notes and for their number, the upper end
+of the ratio's 95 % interval is at most 1.05. The interval is that of random halves of the pieces, the same of both
+settings, so that few pieces tell. The ratios of all dearer settings of that sampler and rho have to be within five per
+cent, too, so that no lucky draw is chosen.
 
 With this setting pieces are made under guidance, at the noise levels of the default. Of the weights that surely keep
-both distances within five per cent, again, that is chosen whose joins are the hardest to tell, by whichever measure
+all measures within five per cent, again, that is chosen whose joins are the hardest to tell, by whichever measure
 tells them best.
 
 Writes steps.json beside the model's weights. Pieces and embeddings are kept in `--cache`: what was interrupted goes on.
@@ -25,6 +32,7 @@ Writes steps.json beside the model's weights. Pieces and embeddings are kept in 
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -35,6 +43,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from notes import dictionary, explained
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,17 +58,22 @@ from pianodiff.evaluate import (
     make_pieces,
     noise_like,
     read_pieces,
+    retrieved,
     seams,
     split_pieces,
 )
 from pianodiff.generate import Piano, find_model
 from pianodiff.music import measure
 
-LADDER = [("heun", n) for n in (3, 5, 9, 18, 40)] + [("dpmpp_2m", n) for n in (5, 9, 12, 15, 17, 20, 25, 35)]
-BASELINE = ("heun", 40)
-SOLUTION = ("heun", 200)
-GUIDANCE = (2.0, 3.0, 4.0)
+SIGMA_MAX = 80.0, 150.0, 250.0, 400.0, 600.0
+STARTING = "dpmpp_2m", 20, 7.0  # what these are compared with
+LADDER = [*(("heun", n, 7.0) for n in (3, 5, 9, 18, 40)), *(("dpmpp_2m", n, 7.0) for n in (9, 12, 15, 20, 25, 35)),
+          *(("dpmpp_2m", n, 12.0) for n in (12, 15, 20, 25)), *(("dpmpp_2m", n, 30.0) for n in (15, 20, 25))]
+BASELINE = "heun", 40, 7.0
+SOLUTION = "heun", 200, 7.0  # of the ODE, as near as it matters
+GUIDANCE = 2.0, 3.0, 4.0
 LIMIT = 1.05
+MEASURES = "frechet", "kernel", "left_over", "notes"
 
 
 def evaluations(sampler: str, num_steps: int) -> int:
@@ -67,26 +81,74 @@ def evaluations(sampler: str, num_steps: int) -> int:
     return 2 * num_steps - 1 if sampler == "heun" else num_steps
 
 
+def variant(model: Path, home: Path, sigma_max: float, rho: float) -> Path:
+    """The same weights, sampled from another noise: a folder of their own."""
+    folder = home / f"{model.name}-{sigma_max:g}-{rho:g}"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((model / "config.json").read_text()) | {"sigma_max": sigma_max, "rho": rho}
+    write_whole(folder / "config.json", json.dumps(config).encode())
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    (folder / "model.safetensors").symlink_to((model / "model.safetensors").resolve())
+    return folder
+
+
+def levels_of(clips: Tensor) -> Tensor:
+    """Levels in dBFS `[N]` of clips `[N, T]`."""
+    return 10 * clips.square().mean(1).clamp(min=1e-12).log10()
+
+
 def level_of(clips: Tensor) -> float:
-    """Median level in dBFS of clips `[N, T]`."""
-    return float(10 * clips.square().mean(1).clamp(min=1e-12).log10().median())
+    """Their median."""
+    return float(levels_of(clips).median())
+
+
+def spread_of(levels: Tensor) -> float:
+    """From the tenth to the ninetieth percentile."""
+    low, high = levels.flatten().quantile(torch.tensor([0.1, 0.9]))
+    return float(high - low)
+
+
+def loudness(clips: Tensor, pieces: int, seed: int) -> dict[str, Any]:
+    """Median and spread of the blocks' level in dBFS, with intervals over the pieces."""
+    levels = levels_of(clips).reshape(pieces, -1)
+    return {"level": float(levels.median()), "level_interval": interval(lambda x: float(x.median()), levels, seed=seed),
+            "spread": spread_of(levels), "spread_interval": interval(spread_of, levels, seed=seed)}
+
+
+def lowest_start(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of settings that differ in sigma_max alone, in rising order, the one that the first rule chooses."""
+    first, last = rows[0], rows[-1]
+
+    def keeps(row: dict[str, Any]) -> bool:
+        near = all(low <= row[name] <= high for name in ("level", "spread") for low, high in [last[f"{name}_interval"]])
+        return near and all(row[name] <= LIMIT * first[name] for name in ("frechet", "kernel"))
+
+    return next(filter(keeps, rows), last)
 
 
 def distance_ratios(points: Tensor, baseline: Tensor, reference: Tensor, seed: int) -> dict[str, Any]:
     """Both distances of `points` `[P, K, D]`, of P pieces with K clips, and their ratios to the baseline's, with
     paired intervals over the pieces."""
-    moments = Moments.of(reference)
-    measures = {"frechet": lambda x: frechet_distance(Moments.of(x).shrunk(), moments),
-                "kernel": kernel_distance_to(reference)}
-    found: dict[str, Any] = {}
-    for name, distance in measures.items():
-        def ratio(pair: Tensor, distance: Any = distance) -> float:
-            return distance(pair[:, 0].flatten(0, 1)) / distance(pair[:, 1].flatten(0, 1))
+    moments, kernel = Moments.of(reference), kernel_distance_to(reference)
+    measures = {"frechet": lambda x: frechet_distance(Moments.of(x.flatten(0, 1)).shrunk(), moments),
+                "kernel": lambda x: kernel(x.flatten(0, 1))}
+    return {key: value for name, measure in measures.items()
+            for key, value in ratio_of(name, measure, points, baseline, seed).items()}
 
-        pair = torch.stack([points, baseline], 1)
-        found |= {name: distance(points.flatten(0, 1)), f"{name}_ratio": ratio(pair),
-                  f"{name}_ratio_interval": interval(ratio, pair, seed=seed)}
-    return found
+
+def note_ratios(found: Tensor, baseline: Tensor, seed: int) -> dict[str, Any]:
+    """Medians over pieces of `found` `[P, 2]`, what is left over and the notes, and their ratios to the baseline's."""
+    return {key: value for i, name in enumerate(("left_over", "notes"))
+            for key, value in ratio_of(name, lambda x, i=i: float(x[:, i].nanmedian()), found, baseline, seed).items()}
+
+
+def ratio_of(name: str, measure: Any, found: Tensor, baseline: Tensor, seed: int) -> dict[str, Any]:
+    def ratio(pair: Tensor) -> float:
+        return measure(pair[:, 0]) / measure(pair[:, 1])
+
+    pair = torch.stack([found, baseline], 1)
+    return {name: measure(found), f"{name}_ratio": ratio(pair),
+            f"{name}_ratio_interval": interval(ratio, pair, seed=seed)}
 
 
 def from_solution(made: list[Piece], solution: list[Piece], cfg: SpectrogramConfig) -> float:
@@ -97,9 +159,9 @@ def from_solution(made: list[Piece], solution: list[Piece], cfg: SpectrogramConf
 
 
 def within(setting: dict[str, Any], surely: bool) -> bool:
-    """Whether both distances are at most five per cent above the baseline's."""
+    """Whether no measure is more than five per cent above the baseline's."""
     return max(setting[f"{name}_ratio_interval"][1] if surely else setting[f"{name}_ratio"]
-               for name in ("frechet", "kernel")) <= LIMIT
+               for name in MEASURES if f"{name}_ratio_interval" in setting) <= LIMIT
 
 
 def cheapest(settings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -107,7 +169,8 @@ def cheapest(settings: list[dict[str, Any]]) -> dict[str, Any]:
     def keeps(setting: dict[str, Any]) -> bool:
         return within(setting, surely=True) and all(
             within(other, surely=False) for other in settings
-            if other["sampler"] == setting["sampler"] and other["evaluations"] > setting["evaluations"])
+            if all(other[key] == setting[key] for key in ("sampler", "rho"))
+            and other["evaluations"] > setting["evaluations"])
 
     return min(filter(keeps, settings), key=lambda setting: int(setting["evaluations"]))
 
@@ -123,25 +186,114 @@ def smoothest(settings: list[dict[str, Any]]) -> dict[str, Any]:
     return min(kept or settings[:1], key=told)
 
 
-def show(settings: list[dict[str, Any]], controls: dict[str, dict[str, Any]]) -> None:
+def show(rows: list[dict[str, Any]], controls: dict[str, dict[str, Any]]) -> None:
     """Print the table."""
-    print(f"{'':<10}{'steps':>6}{'NFE':>5}{'w':>3}{'level':>7}{'Fréchet':>9}{'ratio':>21}{'kernel':>8}{'ratio':>21}{'stat.':>7}{'flux':>6}"
-          f"{'residue':>8}{'from ODE':>10}")
-    for row in settings:
-        ratios = [f"{row[f'{name}_ratio']:.3f} ({low:.2f} - {high:.2f})" for name in ("frechet", "kernel")
-                  for low, high in [row[f"{name}_ratio_interval"]]]
-        joins = [row["joins"].get(name, float("nan")) for name in ("flux", "residue")]
-        print(f"{row['sampler']:<10}{row['num_steps']:>6}{row['evaluations']:>5}{row['guidance']:>3g}{row['level']:>7.1f}{row['frechet']:>9.2f}"
-              f"{ratios[0]:>21}{row['kernel']:>8.4f}{ratios[1]:>21}{row['statistics']:>7.3f}{joins[0]:>6.2f}"
-              f"{joins[1]:>8.2f}{row['rms_db']:>7.2f} dB")
-    for name, row in controls.items():
-        print(f"{name:<24}{row['level']:>7.1f}{row['frechet']:>9.2f}{'':>21}{row['kernel']:>8.4f}{'':>21}{row['statistics']:>7.3f}")
+    columns = {"sampler": "", "num_steps": "g", "evaluations": "g", "sigma_max": "g", "rho": "g", "guidance": "g",
+               "level": ".1f", "spread": ".1f", "frechet": ".2f", "frechet_ratio": ".3f", "kernel": ".4f",
+               "kernel_ratio": ".3f", "left_over": ".4f", "left_over_ratio": ".3f", "notes": ".1f",
+               "notes_ratio": ".3f", "statistics": ".3f", "flux": ".2f", "rms_db": ".2f"}
+    print("".join(f"{name.replace('_ratio', '/'):>12}" for name in columns))
+    for name, row in [*(("", row) for row in rows), *controls.items()]:
+        cells = {"sampler": name, **row, **row.get("joins", {})}
+        print("".join(f"{cells.get(key, ''):>12{kind if key in cells else ''}}" for key, kind in columns.items()))
+        print(" " * 24 + ", ".join(f"{key} {row[f'{key}_ratio_interval'][0]:.2f}-{row[f'{key}_ratio_interval'][1]:.2f}"
+                                   for key in MEASURES if f"{key}_ratio_interval" in row))
 
 
-def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano", pieces: int = 24,
-         seconds: float = 30.72, splits: tuple[str, ...] = ("validation", "test"), blocks: int = 2000, seed: int = 0,
-         soundfont: Path | None = None, cache: Path = Path("runs/quality"), out: Path | None = None) -> None:
-    """Measure all settings, write the table, and name the cheapest that will do.
+class Bench:
+    """The reference, and all that is measured against it."""
+
+    def __init__(self, folder: Path, cache: Path, pieces: int, seconds: float, seed: int) -> None:
+        self.folder, self.cache, self.pieces, self.seconds, self.seed = folder, cache, pieces, seconds, seed
+        self.cfg = Piano.from_pretrained(folder).cfg
+        self.length = int(seconds * self.cfg.sample_rate) // self.cfg.block_samples
+        self.spectra: Tensor | None = None
+
+    def read(self, reference: Path, splits: tuple[str, ...], blocks: int, most: int, soundfont: Path | None) -> None:
+        real, _ = read_pieces(reference, self.cfg, splits=splits, blocks=blocks, most=most, normalize=True,
+                              seed=self.seed, soundfont=soundfont)
+        self.known, self.others = split_pieces(real, self.pieces * self.length, self.cfg, self.seed)
+        clips = clips_of(self.known, self.cfg)
+        self.target, self.typical, self.level = self.points(clips), measure(clips, self.cfg), level_of(clips)
+        self.loudness = {"level": self.level, "spread": spread_of(levels_of(clips))}
+        self.spectra = dictionary(soundfont) if soundfont else None
+
+    def points(self, clips: Tensor) -> Tensor:
+        return embed(LogMel(), clips, self.cfg.sample_rate, cache=self.cache / "logmel")
+
+    def levelled(self, clips: Tensor) -> Tensor:
+        return clips * 10 ** ((self.level - level_of(clips)) / 20)
+
+    def make(self, sampler: str, steps: int, rho: float, *, sigma_max: float, guidance: float = 1.0,
+             **how: Any) -> list[Piece]:
+        how = {"pieces": self.pieces, "seconds": self.seconds, **how}
+        return make_pieces(variant(self.folder, self.cache / "models", sigma_max, rho), self.cache / "pieces",
+                           steps=steps, sampler=sampler, seed=self.seed, guidance=guidance,
+                           guidance_interval=GUIDANCE_INTERVAL, **how)
+
+    def solution(self, sigma_max: float) -> list[Piece]:
+        """The first blocks of four pieces."""
+        return self.make(*SOLUTION, sigma_max=sigma_max, pieces=min(self.pieces, 4), seconds=self.cfg.block_seconds)
+
+    def by_piece(self, clips: Tensor) -> Tensor:
+        return self.points(self.levelled(clips)).unflatten(0, (-1, self.length))
+
+    def notes_of(self, waves: list[Tensor]) -> Tensor:
+        """Both figures of each wave `[P, 2]`; a third of the frames tell."""
+        assert self.spectra is not None
+        return torch.tensor([explained(wave, self.spectra, every=3) for wave in waves])
+
+    def quality(self, clips: Tensor) -> dict[str, Any]:
+        """What needs no pieces: level, distances, statistics."""
+        levelled, moments = self.levelled(clips), Moments.of(self.target)
+        table = compare_statistics({"clips": measure(levelled, self.cfg)}, self.typical)
+        points = self.points(levelled)
+        return {"level": level_of(clips), "spread": spread_of(levels_of(clips)),
+                "frechet": frechet_distance(Moments.of(points).shrunk(), moments),
+                "kernel": kernel_distance_to(self.target)(points),
+                "statistics": sum(row["clips"]["distance"] for row in table.values()) / len(table)}
+
+    def measured(self, sampler: str, steps: int, rho: float, *, sigma_max: float,
+                 guidance: float = 1.0) -> dict[str, Any]:
+        """A setting, and its quality beside the baseline's at that sigma_max."""
+        made = self.make(sampler, steps, rho, sigma_max=sigma_max, guidance=guidance)
+        baseline, clips = self.make(*BASELINE, sigma_max=sigma_max), clips_of(made, self.cfg)
+        points, theirs = (self.by_piece(some) for some in (clips, clips_of(baseline, self.cfg)))
+        row = {"sampler": sampler, "num_steps": steps, "evaluations": evaluations(sampler, steps), "rho": rho,
+               "sigma_max": sigma_max, "guidance": guidance, **self.quality(clips),
+               **distance_ratios(points, theirs, self.target, self.seed),
+               "rms_db": from_solution(made, self.solution(sigma_max), self.cfg),
+               "joins": {name: found["auc"] for name, found in seams(made, self.cfg, self.seed).items()}}
+        if self.spectra is not None:
+            row |= note_ratios(*(self.notes_of([piece.wave for piece in some]) for some in (made, baseline)), self.seed)
+        return row
+
+    def start(self, sigma_max: float) -> dict[str, Any]:
+        """The levels of blocks that are sampled from there, and their distances."""
+        clips = clips_of(self.make(*STARTING, sigma_max=sigma_max), self.cfg)
+        return {"sigma_max": sigma_max, **self.quality(clips), **loudness(clips, self.pieces, self.seed)}
+
+    def controls(self) -> dict[str, dict[str, Any]]:
+        """Other real music, the same through phase retrieval, and noise at its level."""
+        again = [retrieved(piece, self.cfg, self.seed) for piece in self.others]
+        floor = clips_of(self.others, self.cfg)
+        noise = noise_like(floor, torch.Generator().manual_seed(self.seed))
+        found = {"real": (floor, [piece.wave for piece in self.others]),
+                 "retrieved": (clips_of(again, self.cfg), [piece.wave for piece in again]),
+                 "noise": (noise, [*noise[:32]])}
+        rows = {name: self.quality(clips) for name, (clips, _) in found.items()}
+        for name, (_, waves) in found.items():
+            if self.spectra is not None:
+                left, notes = self.notes_of(waves).nanmedian(0).values.tolist()
+                rows[name] |= {"left_over": left, "notes": notes}
+        return rows
+
+
+def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano", pieces: int = 64,
+         seconds: float = 8.192, splits: tuple[str, ...] = ("validation", "test"), blocks: int = 2000, most: int = 15,
+         seed: int = 0, soundfont: Path | None = None, cache: Path = Path("runs/quality"),
+         ladder: tuple[str, ...] = (), out: Path | None = None) -> None:
+    """Measure all settings, write the table, and name what the rules choose.
 
     Args:
         reference: a data set, or a folder of music, as `pianodiff evaluate` takes it.
@@ -150,74 +302,51 @@ def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano
         seconds: of each piece.
         splits: of the reference; none for a folder without splits.
         blocks: of real music that are read.
+        most: of them from one recording.
         seed: of the first piece, and of all that is drawn.
-        soundfont: for MIDI.
+        soundfont: for MIDI, and for the ruler of notes, which is left out without it.
         cache: a folder for what has been made.
+        ladder: the settings to compare, each as sampler:steps:rho, in place of the usual ones; the baseline is added.
         out: what to write, by default steps.json beside the weights.
     """
     begin, folder = time.perf_counter(), find_model(model)
-    cfg, home = Piano.from_pretrained(folder).cfg, cache / "pieces"
+    steps = [(sampler, int(n), float(rho)) for sampler, n, rho in (text.split(":") for text in ladder)]
+    steps = [*dict.fromkeys([BASELINE, *steps])] if ladder else LADDER
+    bench = Bench(folder, cache, pieces, seconds, seed)
+    bench.read(reference, splits, blocks, most, soundfont)
 
-    def make(sampler: str, steps: int, guidance: float = 1.0) -> list[Piece]:
-        return make_pieces(folder, home, pieces=pieces, seconds=seconds, steps=steps, sampler=sampler, seed=seed,
-                           guidance=guidance, guidance_interval=GUIDANCE_INTERVAL)
-
-    made = {(sampler, steps): make(sampler, steps) for sampler, steps in LADDER}
-    solution = make_pieces(folder, home, pieces=min(pieces, 4), seconds=cfg.block_seconds, sampler=SOLUTION[0],
-                           steps=SOLUTION[1], seed=seed, guidance=1.0)
-    length = len(made[BASELINE][0].wave) // cfg.block_samples
-    real, _ = read_pieces(reference, cfg, splits=splits, blocks=blocks, most=length, normalize=True, seed=seed,
-                          soundfont=soundfont)
-    known, others = split_pieces(real, pieces * length, cfg, seed)
-
-    def points(clips: Tensor) -> Tensor:
-        return embed(LogMel(), clips, cfg.sample_rate, cache=cache / "logmel")
-
-    target, typical = points(clips_of(known, cfg)), measure(clips_of(known, cfg), cfg)
-    level = level_of(clips_of(known, cfg))
-
-    def levelled(clips: Tensor) -> Tensor:
-        return clips * 10 ** ((level - level_of(clips)) / 20)
-
-    def by_piece(clips: Tensor) -> Tensor:
-        return points(levelled(clips)).unflatten(0, (-1, length))
-
-    baseline = by_piece(clips_of(made[BASELINE], cfg))
-
-    def quality(clips: Tensor) -> dict[str, Any]:
-        table = compare_statistics({"clips": measure(levelled(clips), cfg)}, typical)
-        return {"level": level_of(clips), **distance_ratios(by_piece(clips), baseline, target, seed),
-                "statistics": sum(row["clips"]["distance"] for row in table.values()) / len(table)}
-
-    def measured(found: list[Piece], sampler: str, steps: int, guidance: float = 1.0) -> dict[str, Any]:
-        return {"sampler": sampler, "num_steps": steps, "evaluations": evaluations(sampler, steps),
-                "guidance": guidance, **quality(clips_of(found, cfg)),
-                "joins": {name: row["auc"] for name, row in seams(found, cfg, seed).items()},
-                "rms_db": from_solution(found, solution, cfg)}
-
-    settings = [measured(made[setting], *setting) for setting in tqdm(LADDER, "settings")]
+    starts = [bench.start(sigma_max) for sigma_max in tqdm(SIGMA_MAX, "sigma_max")]
+    sigma_max = lowest_start(starts)["sigma_max"]
+    settings = [bench.measured(*setting, sigma_max=sigma_max) for setting in tqdm(steps, "settings")]
     choice = cheapest(settings)
-    setting = choice["sampler"], choice["num_steps"]
-    guided = [choice, *(measured(make(*setting, w), *setting, w) for w in tqdm(GUIDANCE, "guidance"))]
-    floor = clips_of(others, cfg)
-    controls = {"real": quality(floor), "noise": quality(noise_like(floor, torch.Generator().manual_seed(seed)))}
-    show(settings + guided[1:], controls)
-    weight = smoothest(guided)["guidance"]
-    print(f"the cheapest that keeps the rule: {choice['sampler']}, {choice['num_steps']} steps, "
-          f"{choice['evaluations']} evaluations; then guidance {weight:g}")
+    chosen = choice["sampler"], choice["num_steps"], choice["rho"]
+    guided = [choice, *(bench.measured(*chosen, sigma_max=sigma_max, guidance=w) for w in tqdm(GUIDANCE, "guidance"))]
+    controls, weight = bench.controls(), smoothest(guided)["guidance"]
+    show([*starts, *settings, *guided[1:]], controls)
+    print(f"sigma_max {sigma_max:g}; the cheapest that keeps the rule: {choice['sampler']}, {choice['num_steps']} "
+          f"steps, rho {choice['rho']:g}, {choice['evaluations']} evaluations; then guidance {weight:g}")
     results = {
         "command": shlex.join(["python", "bench/quality.py", *sys.argv[1:]]), "model": folder.name,
         "weights": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), "seed": seed,
-        "seconds": round(time.perf_counter() - begin), "pieces": pieces, "blocks": pieces * length,
-        "reference": {"source": reference.name, "splits": splits, "pieces": len(known), "blocks": len(target),
-                      "level": level},
-        "solution": SOLUTION, "limit": LIMIT,
-        "choice": {key: choice[key] for key in ("sampler", "num_steps", "evaluations")},
+        "seconds": round(time.perf_counter() - begin), "pieces": pieces, "blocks": pieces * bench.length,
+        "reference": {"source": reference.name, "splits": splits, "pieces": len(bench.known),
+                      "blocks": len(bench.target), **bench.loudness},
+        "solution": SOLUTION, "limit": LIMIT, "sigma_max": {"choice": sigma_max, "settings": starts},
+        "choice": {key: choice[key] for key in ("sampler", "num_steps", "rho", "evaluations")},
         "guidance": {"choice": weight, "interval": GUIDANCE_INTERVAL, "settings": guided},
         "versions": {"pianodiff": pianodiff.__version__, "torch": torch.__version__,
                      "machine": f"{platform.machine()}, {os.cpu_count()} cores"},
         "settings": settings, "controls": controls}
-    write_whole(out or folder / "steps.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_whole(out or folder / "steps.json", (json.dumps(plain(results), indent=1) + "\n").encode())
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: None for what is not a number."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from test_generate import LARGE, tiny_piano
 
 from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 from pianodiff.audio import SPECTROGRAMS, save_audio
-from pianodiff.data import example_performance
+from pianodiff.data import example_performance, render_midi
 from pianodiff.generate import Piano, find_model
+from pianodiff.unet import noise_levels
 
 
 @pytest.fixture
@@ -23,9 +26,33 @@ def quality(monkeypatch):
 
 def table(**ratios: list[tuple[int, float, float]]) -> list[dict]:
     """Settings of each sampler: evaluations, and the upper ends of both intervals; each ratio is 0.1 below its own."""
-    return [{"sampler": sampler, "evaluations": n, "frechet_ratio": frechet - 0.1, "kernel_ratio": kernel - 0.1,
-             "frechet_ratio_interval": [0.8, frechet], "kernel_ratio_interval": [0.8, kernel]}
+    return [{"sampler": sampler, "rho": 7.0, "evaluations": n, "frechet_ratio": frechet - 0.1,
+             "kernel_ratio": kernel - 0.1, "frechet_ratio_interval": [0.8, frechet],
+             "kernel_ratio_interval": [0.8, kernel]}
             for sampler, rows in ratios.items() for n, frechet, kernel in rows]
+
+
+@pytest.mark.parametrize("rows, chosen", [
+    ([(80, -25.6, 12.0, 1.0), (250, -24.5, 14.1, 1.0), (600, -23.7, 14.4, 0.9)], 250),
+    ([(80, -24.2, 12.0, 1.0), (250, -25.1, 14.1, 1.0), (600, -23.7, 14.4, 0.9)], 600),  # each has one of the two
+    ([(80, -25.6, 12.0, 1.0), (250, -24.5, 14.1, 1.1), (600, -23.7, 14.4, 1.0)], 600),  # nearer in level, farther off
+    ([(80, -24.0, 14.0, 1.0), (250, -24.5, 14.1, 1.0), (600, -23.7, 14.4, 1.0)], 80),
+])
+def test_sampling_starts_as_low_as_the_level_allows(quality, rows, chosen):
+    starts = [{"sigma_max": sigma, "level": level, "spread": spread, "frechet": frechet, "kernel": 1.0,
+               "level_interval": (level - 1, level + 1), "spread_interval": (spread - 1, spread + 1)}
+              for sigma, level, spread, frechet in rows]
+    assert quality.lowest_start(starts)["sigma_max"] == chosen
+
+
+def test_a_setting_that_leaves_noise_between_the_partials_will_not_do(quality):
+    rows = table(heun=HEUN, dpmpp_2m=[(12, 1.0, 1.0), (20, 1.0, 1.0)])
+    for row, left in zip(rows, (2.0, 1.0, 1.0, 1.2, 1.04), strict=True):
+        row |= {"left_over_ratio": left - 0.01, "left_over_ratio_interval": (left - 0.02, left)}
+    found = quality.cheapest(rows)
+    assert (found["sampler"], found["evaluations"]) == ("dpmpp_2m", 20)
+    other = [{**row, "rho": 30.0, "evaluations": 9} for row in rows[-1:]]  # the same, of another schedule
+    assert quality.cheapest(rows + other)["rho"] == 30
 
 
 HEUN = [(9, 1.4, 1.3), (35, 1.02, 1.04), (79, 1.0, 1.0)]
@@ -53,6 +80,11 @@ def test_the_default_is_the_choice_and_was_measured_with_the_weights_that_ship(q
     assert guided["settings"][0].items() >= report["choice"].items() and guided["settings"][0]["guidance"] == 1
     assert quality.smoothest(guided["settings"])["guidance"] == guided["choice"] == GUIDANCE
     assert guided["interval"] == list(GUIDANCE_INTERVAL)
+    start = report["sigma_max"]
+    assert quality.lowest_start(start["settings"])["sigma_max"] == start["choice"]
+    levels = {"sigma_max": start["choice"], "rho": report["choice"]["rho"]}
+    assert noise_levels(json.loads((folder / "config.json").read_text())) == levels
+    assert {row["sigma_max"] for row in report["settings"]} == {start["choice"]}
 
 
 @pytest.mark.parametrize("rows, chosen", [
@@ -69,9 +101,11 @@ def test_the_smoothest_guidance_that_keeps_the_distances_is_chosen(quality, rows
 
 @pytest.mark.filterwarnings("ignore:1. clips in 96 dimensions")
 def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quality, "LADDER", [("heun", 2), ("heun", 4), ("dpmpp_2m", 4)])
-    monkeypatch.setattr(quality, "BASELINE", ("heun", 4))
-    monkeypatch.setattr(quality, "SOLUTION", ("heun", 4))
+    monkeypatch.setattr(quality, "SIGMA_MAX", (80.0, 300.0))
+    monkeypatch.setattr(quality, "STARTING", ("dpmpp_2m", 3, 7.0))
+    monkeypatch.setattr(quality, "LADDER", [("heun", 2, 7.0), ("heun", 4, 7.0), ("dpmpp_2m", 4, 12.0)])
+    monkeypatch.setattr(quality, "BASELINE", ("heun", 4, 7.0))
+    monkeypatch.setattr(quality, "SOLUTION", ("heun", 4, 7.0))
     monkeypatch.setattr(quality, "GUIDANCE_INTERVAL", (0.0, 100.0))  # so few steps pass over the default
     tiny_piano(SPECTROGRAMS["nano"], LARGE).save_pretrained(tmp_path / "tiny")
     (tmp_path / "real").mkdir()
@@ -94,15 +128,37 @@ def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypa
     loud = example_performance(4.2, 0)[None] / 2
     assert quality.level_of(10 * loud) == pytest.approx(quality.level_of(loud) + 20)
     assert len({heun_2["level"], heun_4["level"], first["reference"]["level"]}) == 3
+    low, high = first["sigma_max"]["settings"]
+    assert (low["sigma_max"], high["sigma_max"]) == (80, 300) and low["spread"] != high["spread"] > 0
+    assert low["level_interval"][0] < low["level"] < low["level_interval"][1]
     assert set(heun_4["joins"]) >= {"flux", "residue"} and 0 <= heun_4["joins"]["flux"] <= 1
     weights = (tmp_path / "tiny" / "model.safetensors").read_bytes()
     assert first["weights"] == hashlib.sha256(weights).hexdigest()
     guided = first["guidance"]["settings"]
     assert [row["guidance"] for row in guided] == [1, *quality.GUIDANCE] and guided[0] in first["settings"]
+    assert "left_over" not in heun_2  # without a soundfont there is no ruler of notes
     assert len({row["frechet"] for row in guided}) == 4 and len({row["sampler"] for row in guided}) == 1
     assert printed[-1].endswith(f"{first['choice']['evaluations']} evaluations; then guidance "
-                                f"{first['guidance']['choice']:g}") and "heun" in printed[1]
+                                f"{first['guidance']['choice']:g}") 
 
     monkeypatch.setattr(Piano, "spectrograms", None)  # all is in the cache
     again = run()
     assert all(again[part] == first[part] for part in ("settings", "guidance", "controls"))
+
+
+def test_the_ruler_of_notes_tells_a_chord_from_noise_and_counts_its_notes(quality, fluidsynth, shared_data):
+    import notes
+    from test_data import midi_file
+
+    font = shared_data / "fluidr3-piano.sf2"
+    spectra = notes.dictionary(font)
+    assert spectra.shape == (257, 2 * 88 * 4)
+    torch.testing.assert_close(spectra.sum(0), torch.ones(704), atol=1e-3, rtol=0)
+    chord = torch.stack([render_midi(midi_file(pitch), font)[:12_000] for pitch in (60, 64, 67)]).sum(0)
+    noise = torch.randn(12_000, generator=torch.Generator().manual_seed(0)) / 10
+    left, count = notes.explained(chord, spectra)
+    assert left < 0.05 and 2.5 < count < 5
+    left_of_noise, count_of_noise = notes.explained(noise, spectra)
+    assert left_of_noise > 0.2 and count_of_noise > 15
+    assert left < notes.explained(chord + chord.std() * noise, spectra)[0] < left_of_noise
+    assert math.isnan(notes.explained(torch.zeros(12_000), spectra)[0])

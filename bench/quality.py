@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 import pianodiff
 from pianodiff import GUIDANCE_INTERVAL
-from pianodiff.audio import SpectrogramConfig, write_whole
+from pianodiff.audio import SpectrogramConfig
 from pianodiff.distance import LogMel, Moments, embed, frechet_distance, interval, kernel_distance_to
 from pianodiff.evaluate import (
     Piece,
@@ -62,6 +62,7 @@ from pianodiff.evaluate import (
     seams,
     split_pieces,
 )
+from pianodiff.files import write_whole
 from pianodiff.generate import Piano, find_model
 from pianodiff.music import measure
 

@@ -10,7 +10,7 @@ from common import Record, append, compare, peer, seconds
 from torch import Tensor
 
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, griffin_lim, to_magnitude, to_spectrogram
-from pianodiff.data import example_performance
+from pianodiff.synth import example_performance
 
 CFG = SPECTROGRAMS["nano"]
 

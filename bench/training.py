@@ -9,8 +9,9 @@ import torch
 from common import Record, append, compare, devices, seconds
 
 from pianodiff.audio import SPECTROGRAMS, save_audio
-from pianodiff.data import example_performance, prepare
+from pianodiff.data import prepare
 from pianodiff.edm import Denoiser, edm_loss
+from pianodiff.synth import example_performance
 from pianodiff.train import _native_bf16
 from pianodiff.unet import PRESETS, UNet, UNetConfig
 

@@ -237,7 +237,8 @@ def _sample(how: Sampling, out: Path, prompt: Path | None) -> None:
 
     import torch
 
-    from pianodiff.audio import AUDIO_FORMATS, load_audio, write_whole
+    from pianodiff.audio import AUDIO_FORMATS, load_audio
+    from pianodiff.files import write_whole
     from pianodiff.generate import Piano
 
     if out != _PIPE:
@@ -349,7 +350,8 @@ def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
 # %% ../nbs/10_cli.ipynb #2ea28048
 def snapshot(model: Path, images: int) -> None:
     """Write eight seconds of a run's model beside it, as `samples/<images>.wav` and `.png`."""
-    from pianodiff.audio import save_audio, write_whole
+    from pianodiff.audio import save_audio
+    from pianodiff.files import write_whole
     from pianodiff.generate import Piano
 
     piano = Piano.from_pretrained(model)

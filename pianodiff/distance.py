@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .audio import SpectrogramConfig, to_spectrogram, write_whole
+from .audio import SpectrogramConfig, to_spectrogram
+from .files import write_whole
 
 # %% ../nbs/09a_distance.ipynb #50d7c455
 def _check_points(x: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
-from .audio import SpectrogramConfig, normalize_peak, to_flac, to_spectrogram, to_wave, write_whole
-from .data import MIDI_ENDINGS, Recording, ahead, find_recordings, find_soundfont, open_store, read_recording
+from .audio import SpectrogramConfig, normalize_peak, to_flac, to_spectrogram, to_wave
+from .data import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, open_store, read_recording
 from pianodiff.distance import (
     Embedding,
     Moments,
@@ -57,6 +57,7 @@ from pianodiff.distance import (
     kernel_distance_to,
     load_embedding,
 )
+from .files import ahead, single_threaded, write_whole
 from .generate import Piano, find_model
 from pianodiff.music import (
     JOIN_MEASURES,
@@ -73,7 +74,7 @@ from pianodiff.music import (
     statistic_distance,
     trend,
 )
-from .novelty import Corpus, calibrate, closest_pairs, novelty_ratio, single_threaded
+from .novelty import Corpus, calibrate, closest_pairs, novelty_ratio
 
 # %% ../nbs/09_evaluate.ipynb #daa95370
 class Piece(NamedTuple):

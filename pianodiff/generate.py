@@ -14,13 +14,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 from .audio import SpectrogramConfig, normalize_peak, stream_wave, to_spectrogram, to_wave
 from .edm import Denoiser, karras_sigmas
+from .files import generator
 from pianodiff.sampler import (
     Denoise,
     dpmpp_2m_sample,
@@ -30,12 +30,6 @@ from pianodiff.sampler import (
     heun_sample,
 )
 from .unet import Past, UNet, load_model, noise_levels, save_model
-
-# %% ../nbs/08_generate.ipynb #2f5ca04b
-def _generator(seed: int, *purpose: int) -> torch.Generator:
-    """Random numbers that depend on the seed and the purpose alone."""
-    word = np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(word))
 
 # %% ../nbs/08_generate.ipynb #7d42be48
 def find_model(name_or_path: str | os.PathLike = "nano") -> Path:
@@ -223,7 +217,7 @@ class Piano:
         total, how = self._samples(seconds), _Sampling(sampler, num_steps, guidance, guidance_interval, callback)
         start, blocks = self._plan(total, seed, prompt, how)
         spec = torch.cat([start.spec, *blocks], dim=1)
-        wave = to_wave(spec, self.cfg, generator=_generator(start.seed, 1), known=start.wave)[len(start.wave) :]
+        wave = to_wave(spec, self.cfg, generator=generator(start.seed, 1), known=start.wave)[len(start.wave) :]
         return start.peak * wave[:total].cpu()
 
     def stream(self, seconds: float | None = None, *, seed: int | None = None, prompt: Tensor | None = None,
@@ -268,7 +262,7 @@ class Piano:
                how: _Sampling) -> Tensor:
         """Block k of each piece, after the blocks `prev`: Eq. (standardise) there and back."""
         mean, scale = self.config["mean"], self.config["std"] / self.denoiser.sigma_data
-        generators = [_generator(seed, 0, k) for seed in seeds]
+        generators = [generator(seed, 0, k) for seed in seeds]
         denoise, past = self._conditional(None if prev is None else (prev[:, None] - mean) / scale, len(seeds), how)
 
         def report(state: dict[str, Any]) -> None:
@@ -296,7 +290,7 @@ class Piano:
         """The sound of the blocks, up to the last sample that was asked for."""
         specs = (block if k else torch.cat([start.spec, block], dim=1) for k, block in enumerate(blocks))
         sent = 0
-        for piece in stream_wave(specs, self.cfg, generator=_generator(start.seed, 1), known=start.wave):
+        for piece in stream_wave(specs, self.cfg, generator=generator(start.seed, 1), known=start.wave):
             new = piece if total is None else piece[: max(total - sent, 0)]
             sent += len(piece)
             if len(new):

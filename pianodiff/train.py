@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .data import BlockDataset, Store, ahead
+from .data import BlockDataset, Store
 from .edm import Denoiser, denoising_loss, edm_loss
+from .files import ahead, seed_of
 from pianodiff.unet import (
     MODEL_FORMAT,
     NOISE_LEVELS,
@@ -157,14 +158,9 @@ class PowerEMA:
             mine.copy_(theirs)
 
 # %% ../nbs/06_train.ipynb #c192d2a5
-def _seed_of(*key: int) -> int:
-    """A 64-bit seed that depends on every number of the key, well mixed."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_seed_of(1, seed, epoch)))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(1, seed, epoch)))
 
 
 def draw_batch(
@@ -178,7 +174,7 @@ def draw_batch(
     where there is no predecessor, and where condition dropout withholds it.
     """
     size, width = config.batch_size // world, dataset.info.cfg.n_frames
-    generator = torch.Generator().manual_seed(_seed_of(2, config.seed, step, rank))
+    generator = torch.Generator().manual_seed(seed_of(2, config.seed, step, rank))
     offsets = torch.randint(width, (size,), generator=generator)
     keep = torch.rand(size, generator=generator) >= config.cond_dropout
     positions = [step * config.batch_size + rank * size + j for j in range(size)]
@@ -382,7 +378,7 @@ def _validation_blocks(
         raise ValueError(f"{info.url} has no block to train on besides the validation's; prepare more music")
     picks = np.linspace(first, len(held) - 1, min(most, len(held) - first)).round().astype(int)
     batch = _collate([held.codes(int(i)) for i in picks])
-    noise = torch.randn(batch["spec"].shape, generator=torch.Generator().manual_seed(_seed_of(4)))
+    noise = torch.randn(batch["spec"].shape, generator=torch.Generator().manual_seed(seed_of(4)))
     mine = slice(rank, None, world)
     return {key: value[mine] for key, value in batch.items()}, noise[mine], count, split
 
@@ -440,7 +436,7 @@ class _Trainer:
         self.step, self.seconds, self.validation = 0, 0.0, {}  # type: ignore[var-annotated]
         self.mean, self.std = self.data.info.mean, self.data.info.std
         self.ancestor: dict[str, Any] | None = None  # facts of the model that the run started from
-        torch.manual_seed(_seed_of(3, config.seed))
+        torch.manual_seed(seed_of(3, config.seed))
         self.net = UNet(config.network)
         self.checkpoint = run / "checkpoint.safetensors"
         saved = load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
@@ -538,7 +534,7 @@ class _Trainer:
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss of a batch; its noise levels, noise and dropout depend on seed, step and process alone."""
         config = self.config
-        torch.manual_seed(_seed_of(5, config.seed, self.step, self.rank))
+        torch.manual_seed(seed_of(5, config.seed, self.step, self.rank))
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         y, (prev, has_prev) = standardise(batch, self.mean, self.std, self.denoiser.sigma_data)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

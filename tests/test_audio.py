@@ -33,10 +33,9 @@ from pianodiff.audio import (
     to_magnitude,
     to_spectrogram,
     to_wave,
-    whole_file,
-    write_whole,
 )
-from pianodiff.data import example_performance
+from pianodiff.files import whole_file, write_whole
+from pianodiff.synth import example_performance
 
 SHAPES = [SPECTROGRAMS[name] for name in ("paper-128", "paper-256", "nano")]
 shapes = pytest.mark.parametrize("cfg", SHAPES, ids=["paper-128", "paper-256", "nano"])

@@ -25,8 +25,8 @@ import pytest
 import yaml
 
 from pianodiff.audio import SpectrogramConfig, to_spectrogram
-from pianodiff.data import example_performance
 from pianodiff.show import player, slider
+from pianodiff.synth import example_performance
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page

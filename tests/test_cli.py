@@ -25,8 +25,8 @@ from test_generate import LARGE, tiny_piano
 import pianodiff.cli
 from pianodiff.audio import SPECTROGRAMS, load_audio, save_audio
 from pianodiff.cli import main
-from pianodiff.data import example_performance
 from pianodiff.generate import Piano
+from pianodiff.synth import example_performance
 from pianodiff.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -33,13 +33,13 @@ from pianodiff.data import (
     _prepare_one,
     _run,
     _take_in,
-    ahead,
     find_recordings,
     find_soundfont,
     open_store,
     prepare,
     render_midi,
 )
+from pianodiff.files import ahead
 
 CFG = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)    # a block is 1024 samples, an eighth of a second
 SECONDS = {"a": 0.5, "b": 0.7, "c": 0.4, "d": 0.3}

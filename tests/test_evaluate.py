@@ -13,7 +13,7 @@ from matplotlib import image
 
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, save_audio
 from pianodiff.cli import main
-from pianodiff.data import example_performance, prepare
+from pianodiff.data import prepare
 from pianodiff.distance import embed, interval, kernel_distance_to, load_embedding
 from pianodiff.evaluate import (
     Piece,
@@ -42,6 +42,7 @@ from pianodiff.evaluate import (
 )
 from pianodiff.generate import Piano
 from pianodiff.music import JOIN_MEASURES, retrieval_residue
+from pianodiff.synth import example_performance
 
 CFG = SpectrogramConfig()
 BLOCK = CFG.block_samples

@@ -15,10 +15,10 @@ import torch
 from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, SAMPLER, generate
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, load_audio, save_audio, to_spectrogram
 from pianodiff.cli import main
-from pianodiff.data import example_performance
 from pianodiff.edm import karras_sigmas
 from pianodiff.generate import SAMPLERS, Piano, Progress, find_model
 from pianodiff.sampler import heun_sample
+from pianodiff.synth import example_performance
 from pianodiff.unet import Past, UNet, UNetConfig
 
 CFG = SpectrogramConfig(n_fft=64, hop_length=16, n_frames=32)

@@ -9,7 +9,6 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_spectrogram, to_wave
-from pianodiff.data import example_performance
 from pianodiff.music import (
     JOIN_MEASURES,
     STATISTICS,
@@ -29,6 +28,7 @@ from pianodiff.music import (
     statistic_distance,
     trend,
 )
+from pianodiff.synth import example_performance
 
 CFG = SpectrogramConfig()
 BLOCK = CFG.block_samples

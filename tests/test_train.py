@@ -17,15 +17,7 @@ import torch
 
 from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import BlockDataset, prepare
-from pianodiff.train import (
-    EVAL_SIGMAS,
-    TrainConfig,
-    draw_batch,
-    learning_rate,
-    load_checkpoint,
-    save_checkpoint,
-    train,
-)
+from pianodiff.train import EVAL_SIGMAS, TrainConfig, draw_batch, learning_rate, load_checkpoint, save_checkpoint, train
 from pianodiff.unet import UNetConfig, load_model, noise_levels
 
 SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)

@@ -295,7 +295,7 @@ try:
 except ValueError as error:
     print(error)"""
     path = tmp_path / f"new{ending}"
-    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=600)
+    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=3600)
     assert told.stdout == f"{path} can't be written (File too large); choose another place\n", told.stderr
     assert not list(tmp_path.iterdir())
 

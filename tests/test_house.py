@@ -203,6 +203,8 @@ def test_ruff_passes():
     run(BIN / "ruff", "check", ".")
 
 
+@pytest.mark.long    # most of a minute where nothing is cached yet
+@pytest.mark.apart
 def test_mypy_passes():
     run(BIN / "mypy")
 

@@ -46,7 +46,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
-from .audio import SpectrogramConfig, normalize_peak, to_flac, to_spectrogram, to_wave
+from .audio import SpectrogramConfig, normalize_peak, to_mp3, to_spectrogram, to_wave
 from .data import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, open_store, read_recording
 from pianodiff.distance import (
     Embedding,
@@ -751,7 +751,7 @@ def write_report(out: str | os.PathLike, results: dict[str, Any], figures: dict[
 
     out = Path(out)
     pictures = {name: _png(figure) for name, figure in figures.items()}
-    players = {name: [(label, _base64(to_flac(wave, cfg.sample_rate))) for label, wave in clips]
+    players = {name: [(label, _base64(to_mp3(wave, cfg.sample_rate))) for label, wave in clips]
                for name, clips in sounds.items()}
     environment = Environment(loader=PackageLoader("pianodiff", "."), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True)

@@ -31,6 +31,7 @@ from pianodiff.audio import (
     stream_wave,
     to_flac,
     to_magnitude,
+    to_mp3,
     to_spectrogram,
     to_wave,
 )
@@ -295,7 +296,7 @@ try:
 except ValueError as error:
     print(error)"""
     path = tmp_path / f"new{ending}"
-    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=600)
+    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=3600)
     assert told.stdout == f"{path} can't be written (File too large); choose another place\n", told.stderr
     assert not list(tmp_path.iterdir())
 
@@ -396,15 +397,36 @@ def test_flac_frames_are_short():
     assert int.from_bytes(to_flac(torch.zeros(40_000))[10:12]) <= 1152  # STREAMINFO's largest block
 
 
+@pytest.mark.parametrize("samples", [1000, 8192, 12_345])
+def test_mp3_is_the_wave_at_its_own_level_in_its_own_place(samples):
+    wave = 0.5 * torch.sin(torch.arange(samples) * 0.1) * (torch.arange(samples) >= samples // 2)
+    found, heard = soundfile.read(io.BytesIO(to_mp3(wave.double().requires_grad_())), dtype="float32")
+    assert heard == 8000 and len(found) == samples
+    assert (torch.from_numpy(found) - wave).std() < 0.1 * wave.std()
+    assert abs(int((abs(found) > 0.05).argmax()) - samples // 2) <= 4
+
+
+def test_mp3_is_half_of_flac_at_most(music):
+    assert 2 * len(to_mp3(music)) < len(to_flac(music))
+
+
+@pytest.mark.parametrize("rate", [10_000, 96_000])
+def test_mp3_of_another_rate(rate):
+    with pytest.raises(ValueError, match=f"MP3 has no sample rate of {rate} Hz; use one of 8000, ") as error:
+        to_mp3(torch.zeros(100), rate)
+    one_line(error)
+
+
+@pytest.mark.parametrize("encode", [to_flac, to_mp3])
 @pytest.mark.parametrize("bad, message", [
     (torch.zeros(0), r"not one of shape \[0\]"),
     (torch.zeros(2, 100), r"not one of shape \[2, 100\]"),
     (torch.tensor([0.0, torch.nan]), "NaN or infinite"),
     (torch.tensor([0.0, torch.inf]), "NaN or infinite"),
 ])
-def test_flac_of_no_wave(bad, message):
+def test_a_file_of_no_wave(bad, message, encode):
     with pytest.raises(ValueError, match=message) as error:
-        to_flac(bad)
+        encode(bad)
     one_line(error)
 
 

@@ -1,8 +1,11 @@
 """Audio: formats, rates and bad files; the STFT and Griffin-Lim against librosa; blocks that tile; loudness."""
 
+import base64
+import copy
 import heapq
 import io
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +14,7 @@ from pathlib import Path
 import librosa
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
 import torch
 
@@ -19,6 +23,7 @@ from pianodiff.audio import (
     AUDIO_FORMATS,
     SPECTROGRAMS,
     SpectrogramConfig,
+    Wave,
     _floor,
     _gradient_phases,
     _istft,
@@ -36,6 +41,7 @@ from pianodiff.audio import (
     to_wave,
 )
 from pianodiff.files import whole_file, write_whole
+from pianodiff.show import player
 from pianodiff.synth import example_performance
 
 SHAPES = [SPECTROGRAMS[name] for name in ("paper-128", "paper-256", "nano")]
@@ -846,3 +852,32 @@ def test_zero_decibels_in_the_nyquist_row_is_a_whistle(music):
     right, wrong = (griffin_lim(m, cfg, generator=seed()) for m in (magnitude, padded))
     high = [_stft(w[None], cfg)[0, -4:].abs().mean() / cfg.reference for w in (right, wrong)]
     assert 20 * torch.log10(high[0]) < -50 and 20 * torch.log10(high[1]) > -20
+
+
+@pytest.mark.parametrize("rate", [16_000, 8001])  # with MP3, and where FLAC has to do
+def test_a_wave_knows_its_rate_and_its_seed(music, tmp_path, rate):
+    wave = Wave(music.clone(), rate, seed=7)
+    assert (wave.sample_rate, wave.seed) == (rate, 7) and torch.equal(wave, music)
+    assert repr(wave) == f"Wave({len(music) / rate:.3f} s at {rate} Hz, seed 7)"
+    page = r'<audio controls aria-label="sound of seed 7" src="data:audio/(\w+);base64,(.+)"></audio>'
+    kind, sound = re.fullmatch(page, wave._repr_html_()).groups()
+    with soundfile.SoundFile(io.BytesIO(base64.b64decode(sound))) as file:
+        assert (kind, file.samplerate, file.frames) == ("mpeg" if rate == 16_000 else "flac", rate, len(music))
+    save_audio(tmp_path / "own.wav", wave)
+    save_audio(tmp_path / "other.wav", wave, 8000)
+    assert [soundfile.info(tmp_path / f"{name}.wav").samplerate for name in ("own", "other")] == [rate, 8000]
+    assert f'seconds="{len(music) / rate:.6g}"' in player(wave).data
+    assert f'seconds="{len(music) / 8000:.6g}"' in player(wave, 8000).data
+
+
+def test_what_comes_of_a_wave_is_a_plain_tensor(music, tmp_path):
+    wave = Wave(music.clone(), 8000, seed=7)
+    torch.save(wave, tmp_path / "wave.pt")
+    loaded = torch.load(tmp_path / "wave.pt", weights_only=True)
+    stored = safetensors.torch.load(safetensors.torch.save({"wave": wave}))["wave"]
+    for result in (wave[:-1], 0.5 * wave, torch.cat([wave, wave]), wave.clone(), wave.abs().cumsum(0), wave.float() + 0,
+                   copy.copy(wave), copy.deepcopy(wave), loaded, stored):
+        assert type(result) is torch.Tensor
+    assert torch.equal(loaded, music) and np.array_equal(wave.numpy(), music.numpy())
+    with pytest.raises(ValueError, match=r"a wave \[T\] is needed, not one of shape \[1, "):
+        Wave(music[None])

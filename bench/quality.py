@@ -10,9 +10,10 @@ Controls are other real music, the same through phase retrieval, and white noise
 
 First sigma_max, the noise that sampling starts from. A block's loudness is an average over all its pixels, which
 survives much noise; so the levels of many short pieces are compared here, as they come. The rule: the lowest sigma_max
-at which the median and the spread (10 to 90 %) of the level can't be told from those at the highest, and no distance is
-more than five per cent above that at the lowest. They can't be told if the 95 % interval of the difference, over pieces
-of equal seeds, holds zero. (The interval of one setting alone is far wider than what the start changes.)
+whose blocks are surely as loud, and as unlike in loudness, as those from the highest, with no distance more than five per
+cent above that at the lowest. Surely as loud means that the 95 % interval of the difference, over pieces of equal seeds,
+lies within half a decibel for the median, and within one for the spread (10 to 90 %): less than an ear would tell. (The
+interval of one setting alone is far wider than what the start changes.)
 
 Then the steps, and rho, by which they are spread. From here on all is compared at one level: a gain for each setting
 brings the median level of its clips to the reference's. Coarse steps make louder music, and a model that plays too
@@ -68,6 +69,7 @@ from pianodiff.generate import Piano, find_model
 from pianodiff.music import measure
 
 SIGMA_MAX = 80.0, 150.0, 250.0, 400.0, 600.0
+TOLERANCE = {"level": 0.5, "spread": 1.0}  # dB
 STARTING = "dpmpp_2m", 20, 7.0  # what these are compared with
 LADDER = [*(("heun", n, 7.0) for n in (3, 5, 9, 18, 40)), *(("dpmpp_2m", n, 7.0) for n in (9, 12, 15, 20, 25, 35)),
           *(("dpmpp_2m", n, 12.0) for n in (12, 15, 20, 25)), *(("dpmpp_2m", n, 30.0) for n in (15, 20, 25))]
@@ -124,9 +126,8 @@ def loudness(levels: Tensor, highest: Tensor, seed: int) -> dict[str, Any]:
 def lowest_start(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of settings that differ in sigma_max alone, in rising order, the one that the first rule chooses."""
     def keeps(row: dict[str, Any]) -> bool:
-        differences = (row[f"{name}_difference_interval"] for name in ("level", "spread"))
-        return (all(low <= 0 <= high for low, high in differences)
-                and all(row[name] <= LIMIT * rows[0][name] for name in ("frechet", "kernel")))
+        near = all(-most <= end <= most for name, most in TOLERANCE.items() for end in row[f"{name}_difference_interval"])
+        return (near and all(row[name] <= LIMIT * rows[0][name] for name in ("frechet", "kernel")))
 
     return next(filter(keeps, rows), rows[-1])
 

@@ -36,13 +36,13 @@ def table(**ratios: list[tuple[int, float, float]]) -> list[dict]:
 @pytest.mark.parametrize("rows, chosen", [
     ([(80, -0.7, -2.7, 1.0), (250, -0.1, -0.3, 1.0), (600, 0.0, 0.0, 0.9)], 250),
     ([(80, -0.1, -2.7, 1.0), (250, -0.7, -0.3, 1.0), (600, 0.0, 0.0, 0.9)], 600),  # each has one of the two
-    ([(80, -0.7, -2.7, 1.0), (250, -0.1, -0.3, 1.1), (600, 0.0, 0.0, 1.0)], 600),  # nearer in level, farther off
+    ([(80, -0.7, -2.7, 1.0), (250, -0.1, -0.3, 1.1), (600, 0.0, 0.0, 1.0)], 600),  # as loud, but farther off
     ([(80, -0.1, -0.3, 1.0), (250, -0.1, -0.3, 1.0), (600, 0.0, 0.0, 1.0)], 80),
 ])
 def test_sampling_starts_as_low_as_the_level_allows(quality, rows, chosen):
     starts = [{"sigma_max": sigma, "frechet": frechet, "kernel": 1.0,
-               "level_difference_interval": (level - 0.5, level + 0.5),
-               "spread_difference_interval": (spread - 1, spread + 1)} for sigma, level, spread, frechet in rows]
+               "level_difference_interval": (level - 0.3, level + 0.3),
+               "spread_difference_interval": (spread - 0.5, spread + 0.5)} for sigma, level, spread, frechet in rows]
     assert quality.lowest_start(starts)["sigma_max"] == chosen
 
 

@@ -58,7 +58,8 @@ from pianodiff.distance import (
     load_embedding,
 )
 from .files import ahead, single_threaded, write_whole
-from .generate import Piano, find_model
+from .generate import Piano
+from .model import find_model
 from pianodiff.music import (
     JOIN_MEASURES,
     STATISTICS,

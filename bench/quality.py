@@ -65,7 +65,8 @@ from pianodiff.evaluate import (
     split_pieces,
 )
 from pianodiff.files import write_whole
-from pianodiff.generate import Piano, find_model
+from pianodiff.generate import Piano
+from pianodiff.model import find_model
 from pianodiff.music import measure
 
 SIGMA_MAX = 80.0, 150.0, 250.0, 400.0, 600.0

@@ -59,7 +59,8 @@ from pianodiff.distance import (
     load_embedding,
 )
 from .files import ahead, single_threaded, write_whole
-from .generate import Piano, Sampling, find_model
+from .generate import Piano, Sampling
+from .model import find_model
 from pianodiff.music import (
     JOIN_MEASURES,
     STATISTICS,

@@ -30,13 +30,14 @@ MAY_IMPORT = {
     "data": {"audio", "files", "synth"},
     "unet": set(),
     "edm": set(),
-    "train": {"data", "edm", "files", "unet"},
+    "model": {"unet"},
+    "train": {"data", "edm", "files", "model", "unet"},
     "sampler": {"edm"},
-    "generate": {"audio", "edm", "files", "sampler", "unet"},
+    "generate": {"audio", "edm", "files", "model", "sampler", "unet"},
     "distance": {"audio", "files"},
     "music": {"audio"},
     "novelty": {"audio", "data", "distance", "files"},
-    "evaluate": {"audio", "data", "distance", "files", "generate", "music", "novelty"},
+    "evaluate": {"audio", "data", "distance", "files", "generate", "model", "music", "novelty"},
     "show": {"audio"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

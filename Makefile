@@ -37,7 +37,7 @@ book: $(VENV)/.installed-dev
 	@touch book/_build/html/index.html
 	@echo "The book: book/_build/html/index.html"
 
-# Appends to bench/results.jsonl; the last script writes README's table from it. Each also runs alone.
+# Appends to bench/results.jsonl; the last script writes the tables of book/bench.md from it. Each also runs alone.
 BENCH := samplers sound network generation training table
 
 bench: $(VENV)/.installed-dev

@@ -367,7 +367,7 @@ def browser():
         pytest.skip("needs the browser chromium")
     with sync_api.sync_playwright() as playwright:
         options = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-        opened = playwright.chromium.launch(executable_path=program, args=options)
+        opened = playwright.chromium.launch(executable_path=program, args=options, timeout=0)
         yield opened
         opened.close()
 

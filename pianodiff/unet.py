@@ -119,7 +119,7 @@ class ResidualBlock(nn.Module):
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv1 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.affine = nn.Linear(emb_channels, out_channels * (2 if adaptive else 1))
-        self.skip = nn.Identity()
+        self.skip: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.skip = nn.Conv2d(in_channels, out_channels, 1)
 

@@ -38,8 +38,8 @@ class TrainConfig:
     lr: float = 1e-3  # AdamW's learning rate after warm-up
     betas: tuple[float, float] = (0.9, 0.99)  # AdamW's decay of the two moments
     weight_decay: float = 0.01  # AdamW's, of matrices and kernels only
-    warmup_images: int = 20_000  # the learning rate rises linearly over the first so many
-    decay_fraction: float = 0.3  # and falls linearly to zero over this last part
+    warmup_images: int = 20_000  # the learning rate rises over the first so many
+    decay_fraction: float = 0.3  # and falls to zero over this last part
     ema_std: float = 0.08  # width of the averaging window, as a part of the run
     P_mean: float = -0.6  # mean of ln(sigma), sigma a block's noise level: Eq. (32)
     P_std: float = 1.2  # standard deviation of ln(sigma): Eq. (32)
@@ -51,10 +51,10 @@ class TrainConfig:
     eval_images: int = 50_000  # images between validations
     log_images: int = 1_000  # images between rows of the log
     checkpoint_images: int = 20_000  # images between checkpoints
-    snapshot_images: int = 100_000  # images between samples of the model, in RUN/samples
+    snapshot_images: int = 100_000  # images between samples, in RUN/samples
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 where native
     compile: bool = False  # torch.compile the network: minutes at first, faster after
-    in_memory: bool = True  # hold the training split in memory: 0.06 GB an hour of sound
+    in_memory: bool = True  # hold the training split in memory: 0.06 GB an hour
     workers: int = 2  # threads that read blocks ahead
 
     def __post_init__(self) -> None:
@@ -70,15 +70,17 @@ class TrainConfig:
         """The network to train."""
         return self.unet or PRESETS[self.preset]
 
-# %% ../nbs/06a_recipe.ipynb #fd451faf
+# %% ../nbs/06a_recipe.ipynb #598b6116
 #| code-fold: true
-_POSITIVE = ("images", "batch_size", "lr", "P_std", "grad_clip", "eval_blocks", "eval_images",
-             "log_images", "checkpoint_images", "snapshot_images", "workers")
+_POSITIVE = ("images", "batch_size", "lr", "P_std", "grad_clip", "workers",
+             "eval_blocks", "eval_images", "log_images", "checkpoint_images",
+             "snapshot_images")
 
 
 def _check_settings(config: TrainConfig) -> None:
     if config.unet is None and config.preset not in PRESETS:
-        raise ValueError(f"there is no preset {config.preset!r}; choose of {', '.join(PRESETS)}")
+        raise ValueError(f"there is no preset {config.preset!r}; "
+                         f"choose of {', '.join(PRESETS)}")
     for field in fields(config):
         value = getattr(config, field.name)
         if field.type is int and type(value) is not int:
@@ -90,10 +92,11 @@ def _check_settings(config: TrainConfig) -> None:
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be 0 or more, not {getattr(config, name)}")
     for name in ("decay_fraction", "cond_dropout"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} must lie between 0 and 1, not {getattr(config, name)}")
+        if not 0 <= (value := getattr(config, name)) <= 1:
+            raise ValueError(f"{name} must lie between 0 and 1, not {value}")
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError(f"betas must be two numbers from 0 to below 1, not {config.betas}")
+        raise ValueError("betas must be two numbers from 0 to below 1, "
+                         f"not {config.betas}")
     if not 0 < config.ema_std < 0.288:
         raise ValueError(f"ema_std must lie between 0 and 0.288, not {config.ema_std}")
     if not math.isfinite(config.P_mean):
@@ -104,16 +107,16 @@ def check_shape(info: Store, config: TrainConfig) -> None:
     """Raise ValueError unless the store's blocks have the network's shape."""
     network, store = config.network, info.cfg
     if (network.n_bins, network.n_frames) != (store.n_bins, store.n_frames):
-        raise ValueError(f"{info.url} has spectrograms of {store.n_bins}x{store.n_frames}, "
-                         f"{config.preset} is for {network.n_bins}x{network.n_frames}: "
-                         "choose a preset of the store's shape")
+        raise ValueError(f"{info.url} has spectrograms of {store.n_bins}x"
+                         f"{store.n_frames}, {config.preset} is for {network.n_bins}x"
+                         f"{network.n_frames}: choose a preset of the store's shape")
 
 # %% ../nbs/06a_recipe.ipynb #6f50f08c
 def learning_rate(config: TrainConfig, images: float) -> float:
     """The learning rate after `images` blocks, Eq. (learning-rate).
 
-    It rises, stays, and falls to zero at the end. Only the decay depends on the run's length,
-    so a run can be prolonged.
+    It rises, stays, and falls to zero at the end. Only the decay depends on the run's
+    length, so a run can be prolonged.
     """
     warmup = images / max(config.warmup_images, 1)
     decay = (1 - images / config.images) / max(config.decay_fraction, 1e-9)
@@ -121,7 +124,7 @@ def learning_rate(config: TrainConfig, images: float) -> float:
 
 # %% ../nbs/06a_recipe.ipynb #0f2cab4c
 def adamw(net: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) whose decay spares vectors: gains and biases."""
+    """AdamW (Loshchilov and Hutter 2019) whose decay spares gains and biases."""
     parameters = list(net.parameters())
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim <= 1]
@@ -131,10 +134,10 @@ def adamw(net: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 # %% ../nbs/06a_recipe.ipynb #bec80913
 def ema_gamma(std: float) -> float:
-    """The exponent of the power-function EMA of relative width `std`: solves Eq. (ema-width).
+    """The exponent of the power-function EMA of relative width `std`, Eq. (ema-width).
 
-    After Karras et al. 2024, section 3.1. Raises ValueError unless 0 < std < 0.288, the width
-    of the plain average.
+    After Karras et al. 2024, section 3.1.
+    Raises ValueError unless 0 < std < 0.288, the width of the plain average.
     """
     if not 0 < std < 0.288:
         raise ValueError(f"ema_std must lie between 0 and 0.288, not {std}")
@@ -142,9 +145,10 @@ def ema_gamma(std: float) -> float:
 
 
 class PowerEMA:
-    """Average of a network's weights, weighted with (step / last step)^gamma: Eq. (ema).
+    """Average of weights over the steps, each weighted with step^gamma: Eq. (ema).
 
-    `net` is the averaged network (float32, eval mode). After Karras et al. 2024, section 3.1.
+    `net` is the averaged network (float32, eval mode). After Karras et al. 2024,
+    section 3.1.
     """
 
     def __init__(self, net: nn.Module, std: float) -> None:
@@ -156,42 +160,49 @@ class PowerEMA:
         """Take in the weights after step 1, 2, ..., by Eq. (ema-step)."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
         averages, weights = list(self.net.parameters()), list(net.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - beta)  # += (1 - beta)(weights - average)
+        torch._foreach_lerp_(averages, weights, 1 - beta)
         for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
             mine.copy_(theirs)
 
 # %% ../nbs/06a_recipe.ipynb #c192d2a5
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(1, seed, epoch)))
+    generator = torch.Generator().manual_seed(seed_of(1, seed, epoch))
+    return torch.randperm(count, generator=generator)
 
 
 def _collate(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of what `BlockDataset.codes` gives; frames stay together in memory."""
-    batch = {key: torch.from_numpy(np.stack([block[key] for block in blocks])).mT[:, None]
-             for key in ("spec", "prev")}
+    batch = {}
+    for key in ("spec", "prev"):
+        codes = np.stack([block[key] for block in blocks])
+        batch[key] = torch.from_numpy(codes).mT[:, None]
     return batch | {"has_prev": torch.tensor([block["has_prev"] for block in blocks])}
 
 
 def draw_batch(
-    dataset: BlockDataset, count: int, config: TrainConfig, step: int, rank: int = 0, world: int = 1
+    dataset: BlockDataset, count: int, config: TrainConfig, step: int,
+    rank: int = 0, world: int = 1,
 ) -> dict[str, Tensor]:
     """The training blocks of process `rank` of `world` at `step`.
 
-    {"spec", "prev": `[b, 1, F, W]`, "has_prev": `[b]`}; `spec` and `prev` are uint8, as they are
-    stored: they take a quarter of the way to a GPU, and become numbers there. A pure function
-    of the seed, the step and the process. The first `count` blocks of the data set come in a
-    new order each epoch, each once, at a random offset. `has_prev` is False where there is no
-    predecessor, and where condition dropout withholds it.
+    {"spec", "prev": `[b, 1, F, W]`, "has_prev": `[b]`}; `spec` and `prev` are uint8, as
+    they are stored: they take a quarter of the way to a GPU, and become numbers there.
+    A pure function of the seed, the step and the process. The first `count` blocks of
+    the data set come in a new order each epoch, each once, at a random offset.
+    `has_prev` is False where there is no predecessor, and where condition dropout
+    withholds it.
     """
     size, width = config.batch_size // world, dataset.info.cfg.n_frames
     generator = torch.Generator().manual_seed(seed_of(2, config.seed, step, rank))
     offsets = torch.randint(width, (size,), generator=generator)
     keep = torch.rand(size, generator=generator) >= config.cond_dropout
     positions = [step * config.batch_size + rank * size + j for j in range(size)]
-    indices = [int(_permutation(count, config.seed, p // count)[p % count]) for p in positions]
-    places = zip(indices, offsets, strict=True)
-    batch = _collate([dataset.codes(index, int(offset)) for index, offset in places])
+    blocks = []
+    for position, offset in zip(positions, offsets, strict=True):
+        order = _permutation(count, config.seed, position // count)
+        blocks.append(dataset.codes(int(order[position % count]), int(offset)))
+    batch = _collate(blocks)
     return batch | {"has_prev": batch["has_prev"] & keep}
 
 # %% ../nbs/06a_recipe.ipynb #270762b2
@@ -200,8 +211,8 @@ def standardise(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Blocks and their predecessors as the network sees them, Eq. (standardise).
 
-    `spec`, `prev` `[B, 1, F, W]` in [0, 1], or in uint8 as they are stored -> y `[B, 1, F, W]`,
-    cond = (prev `[B, 1, F, W]`, has_prev `[B]`).
+    `spec`, `prev` `[B, 1, F, W]` in [0, 1], or in uint8 as they are stored -> y `[B, 1,
+    F, W]`, cond = (prev `[B, 1, F, W]`, has_prev `[B]`).
     """
     def scaled(spec: Tensor) -> Tensor:
         spec = spec / 255 if spec.dtype == torch.uint8 else spec
@@ -211,13 +222,14 @@ def standardise(
 
 
 def augment(prev: Tensor, most: float) -> Tensor:
-    """Add Gaussian noise to predecessors `[B, ...]`, its std uniform in [0, most] for each."""
+    """Add Gaussian noise to predecessors `[B, ...]`, of a std uniform in [0, most]."""
     level = most * torch.rand(len(prev), *[1] * (prev.ndim - 1), device=prev.device)
     return prev + level * torch.randn_like(prev)
 
 
 def training_loss(
-    denoiser: Denoiser, batch: dict[str, Tensor], mean: float, std: float, config: TrainConfig
+    denoiser: Denoiser, batch: dict[str, Tensor], mean: float, std: float,
+    config: TrainConfig,
 ) -> Tensor:
     """The mean loss of a batch at random noise levels, Eqs. (25) and (32); one number.
 
@@ -243,10 +255,10 @@ def validation_losses(
     losses = torch.zeros(len(y), len(EVAL_SIGMAS), device=device)
     for first in range(0, len(y), batch_size):
         some = slice(first, first + batch_size)
-        clean, eps, prev, has_prev = (t[some].to(device) for t in (y, noise, *cond))
+        clean, eps, *past = (t[some].to(device) for t in (y, noise, *cond))
         for j, sigma in enumerate(EVAL_SIGMAS):
             sigmas = torch.full((len(clean),), sigma, device=device)
-            losses[some, j] = denoising_loss(denoiser, clean, sigmas, eps, (prev, has_prev))
+            losses[some, j] = denoising_loss(denoiser, clean, sigmas, eps, tuple(past))
     return losses
 
 # %% ../nbs/06a_recipe.ipynb #efb3c589
@@ -259,20 +271,24 @@ class ValidationSet(NamedTuple):
     training_blocks: int
 
 
-def hold_out(data: BlockDataset, config: TrainConfig, rank: int = 0, world: int = 1) -> ValidationSet:
+def hold_out(
+    data: BlockDataset, config: TrainConfig, rank: int = 0, world: int = 1
+) -> ValidationSet:
     """The validation blocks of process `rank` of `world`, the same in the whole run.
 
-    `data` is the training split. Raises ValueError where no block is left to train on.
+    `data` is the training split.
+    Raises ValueError where no block is left to train on.
     """
-    info, count, first = data.info, len(data), 0
-    if any(recording["split"] == "validation" for recording in info.recordings):
-        held, split = BlockDataset(info.url, "validation", random_offset=False), "validation"
+    info, held, count, first = data.info, data, len(data), 0
+    splits = {recording["split"] for recording in info.recordings}
+    split = "validation" if "validation" in splits else "train"
+    if split == "validation":
+        held = BlockDataset(info.url, "validation", random_offset=False)
     else:
         first = count = count - max(1, min(config.eval_blocks, count // 10))
-        held, split = data, "train"
     if count < 1:
-        raise ValueError(f"{info.url} has no block to train on besides the validation's; "
-                         "prepare more music")
+        raise ValueError(f"{info.url} has no block to train on besides "
+                         "the validation's; prepare more music")
     most = min(config.eval_blocks, len(held) - first)
     picks = np.linspace(first, len(held) - 1, most).round().astype(int)
     batch = _collate([held.codes(int(i)) for i in picks])

@@ -40,16 +40,18 @@ def save_checkpoint(
 ) -> None:
     """Write tensors and JSON-able facts as one safetensors file, all or nothing.
 
-    It is written under a temporary name, synced and renamed, so that `path` is a complete
-    checkpoint at any moment. Raises OSError where it can't be written (the disk is full); the
-    checkpoint before it then stays as it was.
+    It is written under a temporary name, synced and renamed, so that `path` is a
+    complete checkpoint at any moment.
+    Raises OSError where it can't be written (the disk is full); the checkpoint before
+    it then stays as it was.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    content = safetensors.torch.save(tensors, {"pianodiff": json.dumps(about)})
     try:
         with open(temporary, "wb") as file:
-            file.write(safetensors.torch.save(tensors, {"pianodiff": json.dumps(about)}))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -61,8 +63,10 @@ def save_checkpoint(
     os.close(folder)
 
 
-def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_checkpoint` wrote. Raises ValueError where the file is damaged."""
+def load_checkpoint(
+    path: str | os.PathLike,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_checkpoint` wrote. Raises ValueError where the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["pianodiff"])
@@ -85,7 +89,7 @@ class _Facts:
     validation: dict[str, Any] = field(default_factory=dict)  # the last
     mean: float  # of the data's values; the weights mean something only under these two
     std: float
-    ancestor: dict[str, Any] | None = None  # facts of the model that the run started from
+    ancestor: dict[str, Any] | None = None  # facts of the model it started from
 
 
 def _facts(about: dict[str, Any]) -> _Facts:
@@ -101,7 +105,8 @@ class _State:
         self.net = UNet(config.network)
         if weights is not None:
             self.net.load_state_dict(weights)
-        self.net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        last = torch.channels_last
+        self.net.to(device, memory_format=last)  # type: ignore[call-overload]
         self.ema = PowerEMA(self.net, config.ema_std)
         self.optimizer = adamw(self.net, config)
         self.facts = facts
@@ -119,7 +124,8 @@ class _State:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take over a checkpoint's tensors. Raises KeyError where one is missing."""
         for part, net in (("net", self.net), ("ema", self.ema.net)):
-            net.load_state_dict({key: tensors[f"{part}.{key}"] for key in net.state_dict()})
+            weights = {name: tensors[f"{part}.{name}"] for name in net.state_dict()}
+            net.load_state_dict(weights)
         for name, parameter in self.net.named_parameters():
             state = {"step": tensors[f"step.{name}"]}
             for key in ("exp_avg", "exp_avg_sq"):
@@ -128,8 +134,8 @@ class _State:
 
 # %% ../nbs/06_train.ipynb #f90eb120
 # what may change when a run is resumed; all else would make it another run
-_RESUMABLE = ("images", "mixed_precision", "compile", "in_memory", "workers", "log_images",
-              "eval_images", "checkpoint_images", "snapshot_images")
+_RESUMABLE = ("images", "mixed_precision", "compile", "in_memory", "workers",
+              "log_images", "eval_images", "checkpoint_images", "snapshot_images")
 
 
 def _plain(value: Any) -> Any:
@@ -142,7 +148,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in changed)
 
 
-def _identity(config: TrainConfig, info: Store, blocks: int, init: str | None) -> dict[str, Any]:
+def _identity(
+    config: TrainConfig, info: Store, blocks: int, init: str | None
+) -> dict[str, Any]:
     """All that makes a run the one it is."""
     settings = {key: value for key, value in _plain(config).items()
                 if key not in (*_RESUMABLE, "unet")}
@@ -150,12 +158,15 @@ def _identity(config: TrainConfig, info: Store, blocks: int, init: str | None) -
     data = {"source": info.source, "training blocks": blocks}
     return settings | network | data | {"init": init}
 
-# %% ../nbs/06_train.ipynb #d2829767
-from .model import MODEL_FORMAT, NOISE_LEVELS, load_model, noise_levels, save_model
+# %% ../nbs/06_train.ipynb #2c35dd48
+from .edm import Denoiser
+from .model import load_model, noise_levels
 from .recipe import check_shape, hold_out, use_bf16
 
-# %% ../nbs/06_train.ipynb #49218a31
-def _from_model(init: str, config: TrainConfig, info: Store) -> tuple[_Facts, dict[str, Tensor]]:
+# %% ../nbs/06_train.ipynb #6da3bccf
+def _from_model(
+    init: str, config: TrainConfig, info: Store
+) -> tuple[_Facts, dict[str, Tensor]]:
     """The facts and weights of the model that a run starts from.
 
     Raises ValueError where its network or spectrogram is not the run's.
@@ -163,25 +174,26 @@ def _from_model(init: str, config: TrainConfig, info: Store) -> tuple[_Facts, di
     net, model = load_model(init)
     for key, mine in (("unet", config.network), ("spectrogram", info.cfg)):
         if differences := _differences(_plain(model[key]), _plain(mine)):
-            raise ValueError(f"{init} ({model['name']}) and this run ({config.preset}) differ "
-                             f"in {key}: {differences}; choose the model's preset")
+            raise ValueError(f"{init} ({model['name']}) and this run ({config.preset}) "
+                             f"differ in {key}: {differences}; "
+                             "choose the model's preset")
     ancestor = {"name": model["name"], **noise_levels(model), **model["training"]}
     facts = _Facts(mean=model["mean"], std=model["std"], ancestor=ancestor)
     return facts, net.state_dict()
 
 # %% ../nbs/06_train.ipynb #b8061f41
 def _join(config: TrainConfig) -> Accelerator:
-    """This process' device, and its place among those that `accelerate launch` started."""
-    torch.backends.cudnn.deterministic = True  # the same kernels in every run, on a GPU too
+    """This process' device, and its place among those that were launched."""
+    torch.backends.cudnn.deterministic = True  # the same kernels in every run
     accelerator = Accelerator(mixed_precision="no")  # autocast is ours, around the loss
     if config.batch_size % accelerator.num_processes:
-        raise ValueError(f"{accelerator.num_processes} processes can't share batch_size "
-                         f"{config.batch_size}; choose a multiple")
+        raise ValueError(f"{accelerator.num_processes} processes can't share "
+                         f"batch_size {config.batch_size}; choose a multiple")
     return accelerator
 
 
 class _Run:
-    """A run in its folder: settings, processes, data, and the state of its last checkpoint."""
+    """A run in its folder: settings, processes, data, and the state of its training."""
 
     def __init__(self, store: str | os.PathLike, folder: Path, config: TrainConfig,
                  init: str | os.PathLike | None) -> None:
@@ -189,9 +201,11 @@ class _Run:
         self.init = None if init is None else str(init)
         self.checkpoint = folder / "checkpoint.safetensors"
         self.accelerator = _join(config)
-        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.device = self.accelerator.device
+        self.main = self.accelerator.is_main_process
         self.place = self.accelerator.process_index, self.accelerator.num_processes
-        self.data = BlockDataset(store, "train", random_offset=True, in_memory=config.in_memory)
+        self.data = BlockDataset(store, "train", random_offset=True,
+                                 in_memory=config.in_memory)
         check_shape(self.data.info, config)
         self.held = hold_out(self.data, config, *self.place)
         self.state = _begin(self)
@@ -208,7 +222,8 @@ class _Run:
     @property
     def identity(self) -> dict[str, Any]:
         """What the run's checkpoints call it."""
-        return _identity(self.config, self.data.info, self.held.training_blocks, self.init)
+        blocks = self.held.training_blocks
+        return _identity(self.config, self.data.info, blocks, self.init)
 
 # %% ../nbs/06_train.ipynb #3d7aa60a
 def _begin(run: _Run) -> _State:
@@ -222,7 +237,7 @@ def _begin(run: _Run) -> _State:
 
 
 def _resume(run: _Run) -> _State:
-    """The state of the last checkpoint. Raises ValueError if it is another run's, or damaged."""
+    """The last checkpoint's state; ValueError if it is another run's, or damaged."""
     tensors, about = load_checkpoint(run.checkpoint)
     identity = run.identity
     if run.init is None:  # it need not be said again
@@ -237,28 +252,31 @@ def _resume(run: _Run) -> _State:
     except (LookupError, TypeError, AttributeError) as error:  # something is missing
         raise _damaged(run.checkpoint) from error
 
-# %% ../nbs/06_train.ipynb #9c8b491d
-from .edm import Denoiser
+# %% ../nbs/06_train.ipynb #e499d56b
 from .recipe import learning_rate, training_loss
 
-# %% ../nbs/06_train.ipynb #bc03118a
+# %% ../nbs/06_train.ipynb #913313b1
 def _draw(run: _Run, step: int) -> dict[str, Tensor]:
-    """The blocks of a step; for a GPU in memory from which it fetches them as it computes."""
-    batch = draw_batch(run.data, run.held.training_blocks, run.config, step, *run.place)
-    on_gpu = run.device.type == "cuda"
-    return {key: value.pin_memory() for key, value in batch.items()} if on_gpu else batch
+    """The blocks of a step; for a GPU, where it can fetch them while it computes."""
+    count = run.held.training_blocks
+    batch = draw_batch(run.data, count, run.config, step, *run.place)
+    if run.device.type == "cuda":
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    return batch
 
 
 def _loss(run: _Run, batch: dict[str, Tensor]) -> Tensor:
     """The mean loss of this process' batch."""
     facts, rank = run.state.facts, run.place[0]
     torch.manual_seed(seed_of(5, run.config.seed, facts.step, rank))
-    batch = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
+    batch = {key: t.to(run.device, non_blocking=True) for key, t in batch.items()}
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
         return training_loss(run.denoiser, batch, facts.mean, facts.std, run.config)
 
 
-def _agree(run: _Run, loss: Tensor, norm: Tensor, stop: bool) -> tuple[float, float, bool]:
+def _agree(
+    run: _Run, loss: Tensor, norm: Tensor, stop: bool
+) -> tuple[float, float, bool]:
     """The processes' mean loss and gradient norm, and whether any was told to stop.
 
     Raises ValueError where the means are not finite.
@@ -266,12 +284,13 @@ def _agree(run: _Run, loss: Tensor, norm: Tensor, stop: bool) -> tuple[float, fl
     own = torch.stack([loss.detach(), norm, loss.new_tensor(float(stop))])
     mean_loss, mean_norm, stopping = run.accelerator.reduce(own, "mean").tolist()
     if not math.isfinite(mean_loss + mean_norm):
-        raise ValueError(f"the loss is {mean_loss} and the gradient's norm {mean_norm} at step "
-                         f"{run.state.facts.step} (after {run.images} images): lower lr "
-                         f"({run.config.lr:g}) and begin a new run")
+        raise ValueError(f"the loss is {mean_loss} and the gradient's norm {mean_norm} "
+                         f"at step {run.state.facts.step} (after {run.images} images): "
+                         f"lower lr ({run.config.lr:g}) and begin a new run")
     return mean_loss, mean_norm, stopping > 0
 
-# %% ../nbs/06_train.ipynb #c65d4ad6
+# %% ../nbs/06_train.ipynb #cbf5f092
+from .model import MODEL_FORMAT, NOISE_LEVELS, save_model
 from .recipe import standardise, validation_losses
 
 # %% ../nbs/06_train.ipynb #f3d7fa9a
@@ -294,9 +313,10 @@ def _card(run: _Run) -> dict[str, Any]:
     """What the model's `config.json` says of it."""
     config, info, facts = run.config, run.data.info, run.state.facts
     device = run.device.type
-    training = {"images": run.images, "seconds": round(facts.seconds), "data": info.source,
-                "hours": info.hours, "validation": facts.validation,
-                "ancestor": facts.ancestor, "torch": torch.__version__,
+    training = {"images": run.images, "seconds": round(facts.seconds),
+                "data": info.source, "hours": info.hours,
+                "validation": facts.validation, "ancestor": facts.ancestor,
+                "torch": torch.__version__,
                 "device": torch.cuda.get_device_name() if device == "cuda" else device,
                 "settings": {k: v for k, v in _plain(config).items() if k != "unet"}}
     name = "custom" if config.unet else config.preset
@@ -324,8 +344,8 @@ def _tell(text: str) -> None:
 class TrainLog:
     """`log.csv` and TensorBoard events of a run.
 
-    Rows after `images` are dropped: a resumed run writes them again. A `log.csv` that is
-    something else is set aside as `log.csv.bad`.
+    Rows after `images` are dropped: a resumed run writes them again. A `log.csv` that
+    is something else is set aside as `log.csv.bad`.
     """
 
     columns = ("images", "seconds", "loss", "lr", "grad_norm", "images_per_second",
@@ -351,8 +371,8 @@ class TrainLog:
                 return [row for row in whole if int(row["images"]) <= images]
         except (ValueError, csv.Error) as error:  # the run can go on without it
             os.replace(self.path, self.path.with_name("log.csv.bad"))
-            _tell(f"{self.path} is no log of pianodiff ({error}); it is log.csv.bad now, "
-                  "and a new one begins")
+            _tell(f"{self.path} is no log of pianodiff ({error}); "
+                  "it is log.csv.bad now, and a new one begins")
             return []
 
     def write(self, row: dict[str, float]) -> None:
@@ -362,7 +382,8 @@ class TrainLog:
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(texts)
         for name in row.keys() - {"images"}:
-            self.events.add_scalar(name.replace("val_", "val/"), row[name], row["images"])
+            tag = name.replace("val_", "val/")
+            self.events.add_scalar(tag, row[name], row["images"])
         self.events.flush()
 
     def close(self) -> None:
@@ -388,7 +409,8 @@ class _Progress:
         self.bar.update(blocks)
         self.bar.set_postfix(loss=f"{np.mean(self.history, 0)[0]:.4f}", refresh=False)
 
-    def row(self, images: int, seconds: float, lr: float, validation: dict[str, float]) -> None:
+    def row(self, images: int, seconds: float, lr: float,
+            validation: dict[str, float]) -> None:
         """Write what came since the last row, and begin the next."""
         if self.log:
             loss, norm = np.mean(self.history, 0).tolist()
@@ -405,14 +427,16 @@ class _Progress:
 
 # %% ../nbs/06_train.ipynb #6cce1691
 class _Stop:
-    """Catches the first SIGINT or SIGTERM as a flag, so that a step is finished; a second one acts as ever."""
+    """Catches the first SIGINT or SIGTERM as a flag; a second one acts as ever."""
 
     def __init__(self) -> None:
-        self.signal, self._old = 0, {}  # type: ignore[var-annotated]
+        self.signal = 0
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "_Stop":
         if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._catch)
         return self
 
     def _catch(self, number: int, frame: Any) -> None:
@@ -426,8 +450,9 @@ class _Stop:
 # %% ../nbs/06_train.ipynb #cc0e3121
 def _due(run: _Run, every: int) -> bool:
     """Has this step passed a multiple of `every` images, or ended the run?"""
+    ended = run.state.facts.step >= run.config.steps
     before = run.images - run.config.batch_size
-    return run.images // every > before // every or run.state.facts.step >= run.config.steps
+    return ended or run.images // every > before // every
 
 
 def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
@@ -449,11 +474,12 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
             state.optimizer.zero_grad()
             facts.step += 1
             state.ema.update(state.net, facts.step)
-            facts.seconds += time.perf_counter() - clock  # without validation and writing
+            facts.seconds += time.perf_counter() - clock
             progress.step(config.batch_size, mean_loss, mean_norm)
 
             validation = _validate(run) if due(config.eval_images) else {}
-            saving = stopping or due(config.checkpoint_images) or due(config.snapshot_images)
+            snapshot = due(config.snapshot_images)
+            saving = stopping or snapshot or due(config.checkpoint_images)
             if validation or saving or due(config.log_images):
                 progress.row(run.images, facts.seconds, lr, validation)
             if saving:
@@ -463,7 +489,7 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
                       "the same command goes on from there")
             if stopping:
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-            if on_snapshot and run.main and due(config.snapshot_images):
+            if on_snapshot and run.main and snapshot:
                 on_snapshot(run.folder / "model", run.images)
             clock = time.perf_counter()
 
@@ -481,7 +507,8 @@ except ImportError:  # on Windows; runs aren't locked there
 def _check_run(run: Path, store: str | os.PathLike) -> None:
     """Raise ValueError where something stands in the way of what a run writes."""
     if run.resolve().is_relative_to(Path(store).resolve()):
-        raise ValueError(f"{run} is the store {store} or lies in it; train in another folder")
+        raise ValueError(f"{run} is the store {store} or lies in it; "
+                         "train in another folder")
     if (run / "samples").is_file():
         raise ValueError(f"{run / 'samples'} is a file, where a run's samples belong; "
                          "move it away")
@@ -506,12 +533,13 @@ def _disk_full_told(run: Path) -> Iterator[None]:
     """Tell what to do when the disk is full."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors tells of the disk in words
+    except (OSError, SafetensorError) as error:  # safetensors has it in words
         full = getattr(error, "errno", 0) == errno.ENOSPC
         if not full and os.strerror(errno.ENOSPC) not in str(error):
             raise
-        raise OSError(errno.ENOSPC, f"the disk of {run} is full; the last complete checkpoint "
-                      "is kept: make room, then run the same command again") from error
+        raise OSError(errno.ENOSPC, f"the disk of {run} is full; the last complete "
+                      "checkpoint is kept: make room, then run the same command again"
+                      ) from error
 
 # %% ../nbs/06_train.ipynb #44d0bee6
 def train(
@@ -522,21 +550,22 @@ def train(
     init: str | os.PathLike | None = None,
     on_snapshot: Callable[[Path, int], object] | None = None,
 ) -> Path:
-    """Train a network on a store of spectrograms, or go on from the last checkpoint in `run`.
+    """Train a network on a store of spectrograms; go on from `run`'s last checkpoint.
 
-    Returns the folder `run/model`: the averaged weights, as `pianodiff.model.save_model`
-    writes them. `run` also holds `checkpoint.safetensors`, `log.csv`, TensorBoard events and a
-    lock. `init` is a model's folder to start from; its network and spectrogram must be the
-    run's, and its mean and std are kept. `on_snapshot(model_folder, images)` is called each
-    `config.snapshot_images` and at the end. Works in one process, and in each of many that
-    `accelerate launch` starts.
+    Returns the folder `run/model`: the averaged weights, as
+    `pianodiff.model.save_model` writes them. `run` also holds `checkpoint.safetensors`,
+    `log.csv`, TensorBoard events and a lock. `init` is a model's folder to start from;
+    its network and spectrogram must be the run's, and its mean and std are kept.
+    `on_snapshot(model_folder, images)` is called each `config.snapshot_images` and at
+    the end. Works in one process, and in each of many that `accelerate launch` starts.
 
-    The same seed on the same machine gives the same weights, interrupted or not. PyTorch's
-    global generator is reseeded at each step. At the first Ctrl-C or SIGTERM a checkpoint is
-    written and SystemExit raised.
-    Raises ValueError where store, run, init and config don't fit together, where a checkpoint
-    is damaged, where another process trains in `run`, and where the loss is no number;
-    FileNotFoundError if store or init is missing; OSError if the disk is full.
+    The same seed on the same machine gives the same weights, interrupted or not.
+    PyTorch's global generator is reseeded at each step. At the first Ctrl-C or SIGTERM
+    a checkpoint is written and SystemExit raised.
+    Raises ValueError where store, run, init and config don't fit together, where a
+    checkpoint is damaged, where another process trains in `run`, and where the loss is
+    no number; FileNotFoundError if store or init is missing; OSError if the disk is
+    full.
     """
     folder = Path(run)
     _check_run(folder, store)

@@ -37,7 +37,8 @@ def data(tmp_path_factory) -> BlockDataset:
     ({"cond_dropout": 2}, "cond_dropout must lie between 0 and 1"), ({"seed": -1}, "seed must"),
     ({"unet": None, "preset": "x"}, "no preset 'x'; choose"), ({"P_mean": float("nan")}, "P_mean must be finite"),
     ({"betas": (0.9, 1)}, "betas must be"), ({"betas": (-0.1, 0.9)}, "betas must be"),
-    ({"betas": (0.9,)}, "betas must be two"), ({"ema_std": 0.5}, "ema_std must lie"), ({"ema_std": 0}, "ema_std must lie"),
+    ({"betas": (0.9,)}, "betas must be two"),
+    ({"ema_std": 0.5}, "ema_std must lie"), ({"ema_std": 0}, "ema_std must lie"),
     ({"batch_size": 4.5}, "batch_size must be a whole number, not 4.5"), ({"seed": 1.5}, "seed must be a whole"),
     ({"workers": float("nan")}, "workers must be a"),
 ])

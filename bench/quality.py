@@ -10,8 +10,8 @@ Controls are other real music, the same through phase retrieval, and white noise
 
 First sigma_max, the noise that sampling starts from. A block's loudness is an average over all its pixels, which
 survives much noise; so the levels of many short pieces are compared here, as they come. The rule: the lowest sigma_max
-whose blocks are surely as loud, and as unlike in loudness, as those from the highest, with no distance more than five per
-cent above that at the lowest. Surely as loud means that the 95 % interval of the difference, over pieces of equal seeds,
+whose blocks are surely as loud, and as unlike in loudness, as those from the highest, with no distance more than five
+per cent above that at the lowest. Surely means that the 95 % interval of the difference, over pieces of equal seeds,
 lies within half a decibel for the median, and within one for the spread (10 to 90 %): less than an ear would tell. (The
 interval of one setting alone is far wider than what the start changes.)
 
@@ -127,7 +127,8 @@ def loudness(levels: Tensor, highest: Tensor, seed: int) -> dict[str, Any]:
 def lowest_start(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of settings that differ in sigma_max alone, in rising order, the one that the first rule chooses."""
     def keeps(row: dict[str, Any]) -> bool:
-        near = all(-most <= end <= most for name, most in TOLERANCE.items() for end in row[f"{name}_difference_interval"])
+        near = all(-most <= end <= most
+                   for name, most in TOLERANCE.items() for end in row[f"{name}_difference_interval"])
         return (near and all(row[name] <= LIMIT * rows[0][name] for name in ("frechet", "kernel")))
 
     return next(filter(keeps, rows), rows[-1])

@@ -4,12 +4,11 @@
 __all__ = ['PRESETS', 'MODEL_FORMAT', 'NOISE_LEVELS', 'count', 'check_replaceable', 'save_model', 'noise_levels', 'load_model',
            'find_model']
 
-# %% ../nbs/04b_model.ipynb #c9ce1c2b
+# %% ../nbs/04b_model.ipynb #1982fad9
 import json
 import math
 import os
 import re
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .files import whole_folder
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/04b_model.ipynb #9525e9f8
@@ -70,18 +70,6 @@ def check_replaceable(folder: Path) -> None:
                          "give another folder")
 
 
-def _write_model(folder: Path, net: nn.Module, config: dict[str, Any]) -> None:
-    """A new folder with both files, on the disk before the folder gets its name."""
-    folder.mkdir(parents=True)
-    tensors = {name: tensor.detach().half().cpu().contiguous()
-               for name, tensor in net.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
 def save_model(
     folder: str | os.PathLike, net: nn.Module, config: dict[str, Any]
 ) -> None:
@@ -91,21 +79,11 @@ def save_model(
     """
     folder = Path(folder).resolve()
     check_replaceable(folder)
-    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        _write_model(part, net, config)
-        if folder.exists():
-            os.replace(folder, old)  # no folder can be renamed over another
-        os.replace(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    tensors = {name: tensor.detach().half().cpu().contiguous()
+               for name, tensor in net.state_dict().items()}
+    with whole_folder(folder) as part:
+        save_file(tensors, part / "model.safetensors")
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # %% ../nbs/04b_model.ipynb #c467687c
 # where sampling starts, and how its steps are spread: see `noise_levels`

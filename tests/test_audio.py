@@ -1,16 +1,18 @@
 """Audio: formats, rates and bad files; the STFT and Griffin-Lim against librosa; blocks that tile; loudness."""
 
+import base64
+import copy
 import heapq
 import io
-import os
+import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import librosa
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
 import torch
 
@@ -19,6 +21,7 @@ from pianodiff.audio import (
     AUDIO_FORMATS,
     SPECTROGRAMS,
     SpectrogramConfig,
+    Wave,
     _floor,
     _gradient_phases,
     _istft,
@@ -35,7 +38,7 @@ from pianodiff.audio import (
     to_spectrogram,
     to_wave,
 )
-from pianodiff.files import whole_file, write_whole
+from pianodiff.show import player
 from pianodiff.synth import example_performance
 
 SHAPES = [SPECTROGRAMS[name] for name in ("paper-128", "paper-256", "nano")]
@@ -286,34 +289,20 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypat
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="limits of a process are POSIX's")
-@pytest.mark.parametrize("ending", AUDIO_FORMATS)
-def test_libsndfiles_system_error_is_given_its_name(tmp_path, ending):
+def test_libsndfiles_system_error_is_given_its_name(tmp_path):
     code = """import resource, sys, torch
 from pianodiff.audio import save_audio
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    save_audio(sys.argv[1], torch.rand(50_000))
-except ValueError as error:
-    print(error)"""
-    path = tmp_path / f"new{ending}"
-    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=3600)
-    assert told.stdout == f"{path} can't be written (File too large); choose another place\n", told.stderr
+for path in sys.argv[1:]:
+    try:
+        save_audio(path, torch.rand(50_000))
+    except ValueError as error:
+        print(error)"""
+    paths = [tmp_path / f"new{ending}" for ending in AUDIO_FORMATS]
+    told = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=3600)
+    assert told.stdout.splitlines() == [
+        f"{path} can't be written (File too large); choose another place" for path in paths], told.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_errors_name_the_file_and_not_its_part(tmp_path):
-    def told(number, *name):
-        with pytest.raises(OSError) as error, whole_file(tmp_path / "x"):
-            raise OSError(number, "why", *name)
-        return error.value
-
-    full = told(28)
-    assert full.errno == 28 and full.strerror == f"{tmp_path / 'x'} can't be written (why); choose another place"
-    assert told(2, "prompt").filename == "prompt"  # it is about something else
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError, match="folder can't be written") as error:
-        write_whole(tmp_path / "folder", b"data")
-    assert ".part" not in str(error.value)
 
 
 @pytest.mark.parametrize("ending", AUDIO_FORMATS)
@@ -332,47 +321,6 @@ def test_without_pieces_there_is_no_file(tmp_path):
     with sound_file(tmp_path / "x.wav", 8000):
         pass
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_is_whole_whoever_else_writes_it(tmp_path):
-    """Many writers at once: each time somebody's whole file is there, and no part of one is left."""
-    contents = [bytes([i]) * 300_000 for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in pool.map(lambda data: write_whole(tmp_path / "x", data), 10 * contents):
-            assert (tmp_path / "x").read_bytes() in contents
-    assert [file.name for file in tmp_path.iterdir()] == ["x"]
-
-
-@pytest.mark.parametrize("old", [None, b"old"])
-def test_a_writer_that_fails_changes_nothing(tmp_path, old):
-    path = tmp_path / "x"
-    if old:
-        path.write_bytes(old)
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
-        part.write_bytes(b"half")
-        raise KeyboardInterrupt
-    with whole_file(path):
-        pass  # no part is written
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [old] * bool(old)
-
-
-def test_parts_lie_beside_the_file_and_have_names_of_their_own(tmp_path):
-    with whole_file(tmp_path / "x") as one, whole_file(tmp_path / "x") as two:
-        assert one.parent == two.parent == tmp_path and one != two
-        one.write_bytes(b"one")
-        two.write_bytes(b"two")
-    assert (tmp_path / "x").read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1  # the last to end
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_a_file_has_the_permissions_of_the_umask(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        write_whole(tmp_path / ("x" * 250), b"data")  # a name almost as long as may be
-    finally:
-        os.umask(before)
-    if os.name == "posix":
-        assert (tmp_path / ("x" * 250)).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_folder_that_cannot_be_written():
@@ -845,3 +793,32 @@ def test_zero_decibels_in_the_nyquist_row_is_a_whistle(music):
     right, wrong = (griffin_lim(m, cfg, generator=seed()) for m in (magnitude, padded))
     high = [_stft(w[None], cfg)[0, -4:].abs().mean() / cfg.reference for w in (right, wrong)]
     assert 20 * torch.log10(high[0]) < -50 and 20 * torch.log10(high[1]) > -20
+
+
+@pytest.mark.parametrize("rate", [16_000, 8001])  # with MP3, and where FLAC has to do
+def test_a_wave_knows_its_rate_and_its_seed(music, tmp_path, rate):
+    wave = Wave(music.clone(), rate, seed=7)
+    assert (wave.sample_rate, wave.seed) == (rate, 7) and torch.equal(wave, music)
+    assert repr(wave) == f"Wave({len(music) / rate:.3f} s at {rate} Hz, seed 7)"
+    page = r'<audio controls aria-label="sound of seed 7" src="data:audio/(\w+);base64,(.+)"></audio>'
+    kind, sound = re.fullmatch(page, wave._repr_html_()).groups()
+    with soundfile.SoundFile(io.BytesIO(base64.b64decode(sound))) as file:
+        assert (kind, file.samplerate, file.frames) == ("mpeg" if rate == 16_000 else "flac", rate, len(music))
+    save_audio(tmp_path / "own.wav", wave)
+    save_audio(tmp_path / "other.wav", wave, 8000)
+    assert [soundfile.info(tmp_path / f"{name}.wav").samplerate for name in ("own", "other")] == [rate, 8000]
+    assert f'seconds="{len(music) / rate:.6g}"' in player(wave).data
+    assert f'seconds="{len(music) / 8000:.6g}"' in player(wave, 8000).data
+
+
+def test_what_comes_of_a_wave_is_a_plain_tensor(music, tmp_path):
+    wave = Wave(music.clone(), 8000, seed=7)
+    torch.save(wave, tmp_path / "wave.pt")
+    loaded = torch.load(tmp_path / "wave.pt", weights_only=True)
+    stored = safetensors.torch.load(safetensors.torch.save({"wave": wave}))["wave"]
+    for result in (wave[:-1], 0.5 * wave, torch.cat([wave, wave]), wave.clone(), wave.abs().cumsum(0), wave.float() + 0,
+                   copy.copy(wave), copy.deepcopy(wave), loaded, stored):
+        assert type(result) is torch.Tensor
+    assert torch.equal(loaded, music) and np.array_equal(wave.numpy(), music.numpy())
+    with pytest.raises(ValueError, match=r"a wave \[T\] is needed, not one of shape \[1, "):
+        Wave(music[None])

@@ -148,7 +148,7 @@ def test_guidance(piano, prompt, guidance, monkeypatch):
                              guidance_interval=(0, math.inf))
     assert batches == [1 if guidance == 1 else 2]  # one evaluation a step
     prev = generate._start(CFG, 2, prompt, piano.device).prev
-    latents = torch.randn(1, 1, 32, 32, generator=generate._generator(2, 0, 0))
+    latents = torch.randn(1, 1, 32, 32, generator=generate.generator(2, 0, 0))
     x, cond = 80 * latents.double(), (prev - 0.4)[None, None] / 0.4
     null, conditional = plain(x, torch.tensor(80.0)), plain(x, torch.tensor(80.0), cond)
     assert (conditional - null).std() > 1e-3
@@ -204,7 +204,7 @@ def test_every_sampler(piano, prompt, sampler, monkeypatch):
     if drawn:
         shared = torch.corrcoef(torch.stack(drawn[:6]).flatten(1)) - torch.eye(6)  # three blocks, two steps each
         assert shared.abs().max() < 0.2 and abs(torch.stack(drawn).std() - 1) < 0.05
-        latents = torch.randn(1, 1, 32, 32, generator=generate._generator(4, 0, 0))
+        latents = torch.randn(1, 1, 32, 32, generator=generate.generator(4, 0, 0))
         assert abs(torch.corrcoef(torch.stack([latents, drawn[0]]).flatten(1))[0, 1]) < 0.2
 
 

@@ -1,15 +1,16 @@
-# make piano · make test · make book · make bench · make chapters · make clean
+# make piano · make test · make test-all · make book · make bench · make chapters · make clean
 # Each sets up what it needs, in .venv. Another interpreter: make piano PYTHON=python3.12
 
 PYTHON ?= python3
 VENV   ?= .venv
 CONSTRAINTS ?= constraints.txt
-BIN    := $(VENV)/bin
+BIN    := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 START  := $(shell date +%s)
 PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 since   = $$(( $$(date +%s) - $(1) )) s
 
-.PHONY: help piano test book bench chapters clean
+.PHONY: help piano test test-long test-all book bench chapters clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,8 +21,15 @@ piano: $(VENV)/.installed
 	$(BIN)/pianodiff generate --seconds 20 --seed 7 --out piano.wav --image piano.png && \
 	echo "piano.wav and piano.png: 20 s of music in $(call since,$$begin), $(call since,$(START)) with the installation"
 
+# Ten minutes on two cores; `make test-long` runs what it leaves out, and `make test-all` both.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not long"
+
+test-long: $(VENV)/.installed-dev
+	$(PYTEST) -m long
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST)
 
 # Nothing is executed: the chapters' outputs are committed, and `make chapters` renews them.
 book: $(VENV)/.installed-dev
@@ -29,7 +37,7 @@ book: $(VENV)/.installed-dev
 	@touch book/_build/html/index.html
 	@echo "The book: book/_build/html/index.html"
 
-# Appends to bench/results.jsonl; the last script writes README's table from it. Each also runs alone.
+# Appends to bench/results.jsonl; the last script writes the tables of book/bench.md from it. Each also runs alone.
 BENCH := samplers sound network generation training table
 
 bench: $(VENV)/.installed-dev
@@ -44,14 +52,14 @@ clean:
 	rm -rf piano.wav piano.png book/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find pianodiff tests bench book nbs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-$(BIN)/pip:
+$(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "pianodiff needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { \
 	  echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt settings.ini | $(BIN)/pip
+$(VENV)/.installed: pyproject.toml constraints.txt settings.ini | $(VENV)/pyvenv.cfg
 	$(PIP) .
 	@touch $@
 

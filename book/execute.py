@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def code_of(path: Path) -> str:
     return "\n".join(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("# "))
 
 
+@cache
 def modules_of(code: str) -> set[Path]:
     """The files of ours that this code imports, at any depth: `pianodiff.audio` in a chapter, `.audio` in a module."""
     names = set()
@@ -75,8 +77,19 @@ def skipped(source: str) -> bool:
     return directives.get("eval") == "false" or bool(directives.keys() & set(config["DEFAULT"]["tst_flags"].split()))
 
 
+# What a kernel does before its chapter: figures become pictures for the book
+BEGIN = f"""import sys; sys.path.insert(0, {str(ROOT / "book")!r})
+import picture; picture.install(get_ipython()); sys.path.pop(0); del picture, sys"""
+
+
 class Client(NotebookClient):
     """Executes what nbdev_test would."""
+
+    async def async_start_new_kernel_client(self, **kwargs: Any) -> Any:
+        client = await super().async_start_new_kernel_client(**kwargs)
+        reply = await client.execute_interactive(BEGIN, silent=True, output_hook=lambda message: None)
+        assert reply["content"]["status"] == "ok", reply["content"]
+        return client
 
     async def async_execute_cell(self, cell: Any, *args: Any, **kwargs: Any) -> Any:
         if cell.cell_type == "code" and skipped(cell.source):

@@ -26,6 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, astuple
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +46,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
-from .audio import SpectrogramConfig, normalize_peak, to_flac, to_spectrogram, to_wave
+from .audio import SpectrogramConfig, normalize_peak, to_mp3, to_spectrogram, to_wave
 from .data import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, open_store, read_recording
 from pianodiff.distance import (
     Embedding,
@@ -58,7 +59,8 @@ from pianodiff.distance import (
     load_embedding,
 )
 from .files import ahead, single_threaded, write_whole
-from .generate import Piano, find_model
+from .generate import Piano, Sampling
+from .model import find_model
 from pianodiff.music import (
     JOIN_MEASURES,
     STATISTICS,
@@ -227,12 +229,12 @@ _TOGETHER = 5  # pieces made side by side: as many on every machine, since round
 
 
 def _made_or_kept(piano: Piano, path: Path, blocks: int, report: Callable[[int], Any], seeds: Sequence[int],
-                  **how: Any) -> dict[str, Tensor]:
+                  how: Sampling) -> dict[str, Tensor]:
     """Some pieces' spectrograms and sounds, from the file at `path`, or made and kept there; blocks are reported."""
     if (found := _kept(path)) is not None:
         report(blocks * len(seeds))
         return found
-    specs = piano.spectrograms(blocks * piano.cfg.block_seconds, seeds, **how, callback=lambda progress: report(
+    specs = piano.spectrograms(blocks * piano.cfg.block_seconds, seeds, **asdict(how), callback=lambda progress: report(
         len(seeds) * (progress.step == progress.num_steps)))
     waves = [_inverted(spec, piano.cfg, seed) for spec, seed in zip(specs, seeds, strict=True)]
     found = {"spec": specs, "wave": torch.stack(waves)}
@@ -282,15 +284,14 @@ def make_pieces(
     if pieces < 1 or pieces * blocks < least:
         raise ValueError(f"{pieces} pieces of {seconds} s hold {max(pieces, 0) * blocks or 'no'} blocks of "
                          f"{piano.cfg.block_seconds} s; give {least} or more")
-    how: dict[str, Any] = {"sampler": sampler, "num_steps": steps, "guidance": guidance,
-                           "guidance_interval": guidance_interval}
-    piano.stream(seconds, seed=seed, **how)  # checks the settings, and makes nothing yet
+    how = Sampling(sampler, steps, guidance, guidance_interval)
+    piano.stream(seconds, seed=seed)  # checks both, and makes nothing yet
     home.mkdir(parents=True, exist_ok=True)
     with _blocks_bar(pieces * blocks, folder.name) as report:
 
         def make(seeds: range) -> list[Piece]:
-            path = home / f"{_key(folder, blocks, *how.values(), seeds)}.safetensors"
-            found = _made_or_kept(piano, path, blocks, report, seeds, **how)
+            path = home / f"{_key(folder, blocks, *astuple(how), seeds)}.safetensors"
+            found = _made_or_kept(piano, path, blocks, report, seeds, how)
             return [Piece(f"seed {i}", f"seed {i}", *made)
                     for i, *made in zip(seeds, found["wave"], found["spec"], strict=True)]
 
@@ -751,7 +752,7 @@ def write_report(out: str | os.PathLike, results: dict[str, Any], figures: dict[
 
     out = Path(out)
     pictures = {name: _png(figure) for name, figure in figures.items()}
-    players = {name: [(label, _base64(to_flac(wave, cfg.sample_rate))) for label, wave in clips]
+    players = {name: [(label, _base64(to_mp3(wave, cfg.sample_rate))) for label, wave in clips]
                for name, clips in sounds.items()}
     environment = Environment(loader=PackageLoader("pianodiff", "."), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True)

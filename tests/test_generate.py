@@ -16,7 +16,7 @@ from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, SAMPLER, generate
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, load_audio, save_audio, to_spectrogram
 from pianodiff.cli import main
 from pianodiff.edm import karras_sigmas
-from pianodiff.generate import SAMPLERS, Piano, Progress, find_model
+from pianodiff.generate import SAMPLERS, Piano, Progress
 from pianodiff.sampler import heun_sample
 from pianodiff.synth import example_performance
 from pianodiff.unet import Past, UNet, UNetConfig
@@ -148,7 +148,7 @@ def test_guidance(piano, prompt, guidance, monkeypatch):
                              guidance_interval=(0, math.inf))
     assert batches == [1 if guidance == 1 else 2]  # one evaluation a step
     prev = generate._start(CFG, 2, prompt, piano.device).prev
-    latents = torch.randn(1, 1, 32, 32, generator=generate._generator(2, 0, 0))
+    latents = torch.randn(1, 1, 32, 32, generator=generate.generator(2, 0, 0))
     x, cond = 80 * latents.double(), (prev - 0.4)[None, None] / 0.4
     null, conditional = plain(x, torch.tensor(80.0)), plain(x, torch.tensor(80.0), cond)
     assert (conditional - null).std() > 1e-3
@@ -204,7 +204,7 @@ def test_every_sampler(piano, prompt, sampler, monkeypatch):
     if drawn:
         shared = torch.corrcoef(torch.stack(drawn[:6]).flatten(1)) - torch.eye(6)  # three blocks, two steps each
         assert shared.abs().max() < 0.2 and abs(torch.stack(drawn).std() - 1) < 0.05
-        latents = torch.randn(1, 1, 32, 32, generator=generate._generator(4, 0, 0))
+        latents = torch.randn(1, 1, 32, 32, generator=generate.generator(4, 0, 0))
         assert abs(torch.corrcoef(torch.stack([latents, drawn[0]]).flatten(1))[0, 1]) < 0.2
 
 
@@ -294,32 +294,6 @@ def test_save_and_load(piano, tmp_path):
     assert torch.equal(one.generate(0.1, seed=0, **FEW), two.generate(0.1, seed=0, **FEW))
     for stored, weight in zip(one.net.parameters(), piano.net.parameters(), strict=True):
         assert torch.equal(stored, weight.half().float())
-
-
-def test_names_of_models(piano, tmp_path, monkeypatch):
-    asked = []
-
-    def download(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(tmp_path / "hub")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find_model("someone/grand-piano") == tmp_path / "hub"
-    assert asked == [("someone/grand-piano", ["*.safetensors", "*.json"])]
-    assert find_model(tmp_path) == tmp_path  # a folder is never looked for on the Hub
-    for missing in ("no-such-model", "/no/such/folder", "./nowhere", "a/b/c"):
-        with pytest.raises(FileNotFoundError, match="one that ships"):
-            find_model(missing)
-    assert len(asked) == 1
-
-
-def test_a_hub_that_fails(monkeypatch):
-    def download(name, allow_patterns):
-        raise OSError("the network is unreachable\nand more")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(FileNotFoundError, match=r"not on the Hub \(the network is unreachable\); give one that ships"):
-        find_model("someone/grand-piano")
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e9, 86_401, 1e-6])

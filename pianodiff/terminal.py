@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 # %% ../nbs/18_terminal.ipynb #ter00006
 def progress_bar(**settings: Any) -> tqdm:
     """tqdm's bar, which moves ten times a second on a terminal, once in ten seconds in a log."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(mininterval=0.1 if terminal else 10, **settings)
+    return tqdm(mininterval=0.1 if sys.stderr.isatty() else 10, **settings)
 
 # %% ../nbs/18_terminal.ipynb #137d9d07
 def _wav_header(rate: int) -> bytes:

@@ -41,12 +41,12 @@ def _rows(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
         elif isinstance(value, list):
             yield prefix + key, ", ".join(str(item) or "-" for item in value)
         else:
-            form = ".4g" if isinstance(value, float) else "," if type(value) is int else ""
-            yield prefix + key, format(value, form) if form else str(value)
+            forms = {float: ".4g", int: ","}
+            yield prefix + key, format(value, forms.get(type(value), ""))
 
 
 def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /) -> None:
-    """Tell what a model is: its size, its spectrogram, how it was trained, and its licence.
+    """Tell what a model is: its size, its spectrogram, its training and its licence.
 
     Args:
         model: a shipped name, a model's folder, or a Hub id (user/repo)
@@ -56,7 +56,8 @@ def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /) -> N
     piano = Piano.from_pretrained(model, device="cpu")
     cfg = piano.cfg
     facts = {"parameters": sum(p.numel() for p in piano.net.parameters()),
-             "block": f"{cfg.n_bins} x {cfg.n_frames}, {cfg.block_seconds:g} s at {cfg.sample_rate:,} Hz"}
+             "block": f"{cfg.n_bins} x {cfg.n_frames}, {cfg.block_seconds:g} s at "
+             f"{cfg.sample_rate:,} Hz"}
     rows = list(_rows(facts | piano.config))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
@@ -71,9 +72,11 @@ class Request:
         seconds: length of the new music
         seed: the same seed gives the same music; drawn and printed if none is given
         model: a shipped name, a model's folder, or a Hub id (user/repo)
-        steps: sampling steps a block: fewer are faster; beyond the default little is gained
+        steps: sampling steps a block: fewer are faster; beyond the default little is
+        gained
         sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
-        guidance: above 1, each block follows its predecessor more closely than the model would by itself; 1 is none
+        guidance: above 1, each block follows its predecessor more closely than the
+        model would by itself; 1 is none
         guidance_interval: the noise levels between which guidance is applied
         image: also draw the spectrogram, of the first minute, into this PNG file
         play: also play the music while it is made
@@ -90,7 +93,8 @@ class Request:
     play: bool = False
 
 
-_Flat = Annotated[Request, tyro.conf.arg(name="")]  # its fields become flags without a prefix
+# its fields become flags without a prefix
+_Flat = Annotated[Request, tyro.conf.arg(name="")]
 _PIPE = Path("-")  # in place of a file: standard output
 
 # %% ../nbs/10_cli.ipynb #c6a1352c
@@ -100,46 +104,53 @@ def generate(request: _Flat, *, out: Path = Path("piano.wav")) -> None:
     The sound is written while it is made; Ctrl-C ends it, and keeps what is there.
 
     Args:
-        out: the sound file to write: .wav, .flac, .ogg, .mp3 or .aiff; or - for a WAV stream on standard output
+        out: the sound file to write: .wav, .flac, .ogg, .mp3 or .aiff; or - for a WAV
+        stream on standard output
     """
     _make(request, out, None)
 
 
-def continue_(prompt: Annotated[Path, tyro.conf.arg(metavar="SOUND")], /, request: _Flat, *,
-              out: Path = Path("longer.wav")) -> None:
+def continue_(prompt: Annotated[Path, tyro.conf.arg(metavar="SOUND")], /,
+              request: _Flat, *, out: Path = Path("longer.wav")) -> None:
     """Go on from a recording: write it, then new music in phase with it.
 
     The sound is written while it is made; Ctrl-C ends it, and keeps what is there.
 
     Args:
-        prompt: the recording, in any format and at any rate; its last two seconds are what the model hears
-        out: the sound file to write, mono at 8 kHz: .wav, .flac, .ogg, .mp3 or .aiff; or - for standard output
+        prompt: the recording, in any format and at any rate; its last two seconds are
+        what the model hears
+        out: the sound file to write, mono at 8 kHz: .wav, .flac, .ogg, .mp3 or .aiff;
+        or - for standard output
     """
     _make(request, out, prompt)
 
 # %% ../nbs/10_cli.ipynb #4b2210c7
-def _check_output(path: Path, endings: Sequence[str], prompt: Path | None = None) -> None:
-    """Raise ValueError or OSError, naming the remedy, if `path` can't be written, ends otherwise, or is the prompt."""
+def _check_output(path: Path, endings: Sequence[str],
+                  prompt: Path | None = None) -> None:
+    """Raise ValueError or OSError if `path` can't be written, or is the prompt."""
     if path.suffix.lower() not in endings:
         raise ValueError(f"{path} must end in {' or '.join(endings)}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     if prompt and prompt.exists() and path.exists() and path.samefile(prompt):
-        raise ValueError(f"{path} is the recording itself, which would be lost; choose another name")
+        raise ValueError(f"{path} is the recording itself, which would be lost; choose "
+                         "another name")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise OSError(f"the folder {path.parent} can't be written to ({error.strerror}); choose another") from error
+        raise OSError(f"the folder {path.parent} can't be written to "
+                      f"({error.strerror}); choose another") from error
 
 
 def _check_outputs(request: Request, out: Path, prompt: Path | None) -> None:
-    """Raise ValueError or OSError if the sound or the picture of a request can't be written."""
+    """Raise ValueError or OSError if what is requested can't be written."""
     from pianodiff.audio import AUDIO_FORMATS
 
     if out != _PIPE:
         _check_output(out, tuple(AUDIO_FORMATS), prompt)
     elif not sys.stdout:
-        raise OSError("standard output is closed; give the name of a file, or a pipe: --out - | aplay")
+        raise OSError("standard output is closed; give the name of a file, or a pipe: "
+                      "--out - | aplay")
     if request.image:
         _check_output(request.image, (".png",), prompt)
 
@@ -156,12 +167,17 @@ class _Made:
     def summary(self, rate: int, seed: int) -> str:
         """How much there is, and how long it took."""
         length, took = self.samples / rate, sum(self.seconds)
-        return (f"{length:g} s of new music, seed {seed}, made in {took:.1f} s ({took / length:.2f} s a second, "
-                f"the first sound after {self.seconds[0]:.1f} s)")
+        return (f"{length:g} s of new music, seed {seed}, made in {took:.1f} s "
+                f"({took / length:.2f} s a second, the first sound after "
+                f"{self.seconds[0]:.1f} s)")
 
 
-def _hand_on(stream: Iterator["Tensor"], before: "Tensor", out: Path, rate: int, play: bool) -> _Made:
-    """Write the pieces of a stream after what was `before`, and `play` them, while they come; Ctrl-C ends it."""
+def _hand_on(stream: Iterator["Tensor"], before: "Tensor", out: Path, rate: int,
+             play: bool) -> _Made:
+    """Write what was `before` and then the pieces of a stream, while they come.
+
+    With `play` they also go to the speakers. Ctrl-C ends the stream.
+    """
     from pianodiff.audio import sound_file
 
     made = _Made()
@@ -171,7 +187,8 @@ def _hand_on(stream: Iterator["Tensor"], before: "Tensor", out: Path, rate: int,
                 begin = time.perf_counter()
                 for piece in stream:
                     made.seconds.append(time.perf_counter() - begin)
-                    if not made.samples:  # not earlier: without new music there is no file
+                    # not earlier: without new music there is no file
+                    if not made.samples:
                         write(before)
                     write(piece)
                     hear(piece)
@@ -186,13 +203,15 @@ def _hand_on(stream: Iterator["Tensor"], before: "Tensor", out: Path, rate: int,
 # %% ../nbs/10_cli.ipynb #51704834
 @contextmanager
 def _sampling_bar() -> Iterator[Callable[["Progress"], None]]:
-    """A callback for `Piano.generate` that shows a bar with the time left on standard error."""
+    """A callback for `Piano.generate` that shows a bar with the time left."""
     bars: list[Any] = []
 
     def report(progress: "Progress") -> None:
         if not bars:
-            bars.append(progress_bar(total=(progress.num_blocks or 0) * progress.num_steps, unit="step"))
-        bars[0].set_description(f"block {progress.block + 1} of {progress.num_blocks}", refresh=False)
+            total = (progress.num_blocks or 0) * progress.num_steps
+            bars.append(progress_bar(total=total, unit="step"))
+        bars[0].set_description(f"block {progress.block + 1} of {progress.num_blocks}",
+                                refresh=False)
         bars[0].update()
 
     try:
@@ -234,17 +253,23 @@ def _make(request: Request, out: Path, prompt: Path | None) -> None:
     rate = piano.cfg.sample_rate
     before = torch.zeros(0) if prompt is None else load_audio(prompt, rate)
     with _sampling_bar() as callback:
-        stream = piano.stream(
-            request.seconds, seed=seed, prompt=None if prompt is None else before, sampler=request.sampler,
-            num_steps=request.steps, guidance=request.guidance, guidance_interval=request.guidance_interval,
-            callback=callback)
+        stream = piano.stream(request.seconds, seed=seed,
+                              prompt=None if prompt is None else before,
+                              sampler=request.sampler, num_steps=request.steps,
+                              guidance=request.guidance,
+                              guidance_interval=request.guidance_interval,
+                              callback=callback)
         made = _hand_on(stream, before, out, rate, request.play)
     if made.samples:
         if request.image:
             wave = torch.cat([before[-piano.cfg.block_samples :], *made.first])
-            write_whole(request.image, _draw(wave, piano.cfg, f"{request.model}, seed {seed}"))
-        names = f"{'standard output' if out == _PIPE else out}{f' and {request.image}' if request.image else ''}"
-        print(f"{names}: {made.summary(rate, seed)}", file=sys.stderr if out == _PIPE else sys.stdout)
+            picture = _draw(wave, piano.cfg, f"{request.model}, seed {seed}")
+            write_whole(request.image, picture)
+        names = "standard output" if out == _PIPE else str(out)
+        if request.image:
+            names += f" and {request.image}"
+        print(f"{names}: {made.summary(rate, seed)}",
+              file=sys.stderr if out == _PIPE else sys.stdout)
     if made.interrupted:
         raise KeyboardInterrupt
 
@@ -252,10 +277,11 @@ def _make(request: Request, out: Path, prompt: Path | None) -> None:
 _Store = Annotated[str, tyro.conf.arg(metavar="STORE")]
 
 
-def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Store, /, *, preset: str = "nano",
-            splits: tuple[str, ...] = (), jobs: int | None = None, soundfont: Path | None = None,
+def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Store, /,
+            *, preset: str = "nano", splits: tuple[str, ...] = (),
+            jobs: int | None = None, soundfont: Path | None = None,
             cluster: str | None = None) -> None:
-    """Turn recordings into a store of spectrograms to train on; run again, it goes on where it stopped.
+    """Turn recordings into a store to train on; run again, it goes on where it stopped.
 
     Args:
         source: a folder, zip or URL in MAESTRO's layout, or a folder of sound files
@@ -270,15 +296,17 @@ def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Sto
     from pianodiff.data import prepare as prepare_store
 
     if preset not in SPECTROGRAMS:
-        raise ValueError(f"there is no preset {preset!r}; choose of {', '.join(SPECTROGRAMS)}")
+        raise ValueError(f"there is no preset {preset!r}; choose of "
+                         f"{', '.join(SPECTROGRAMS)}")
     begin = time.perf_counter()
-    report = prepare_store(source, store, SPECTROGRAMS[preset], splits=splits or None, jobs=jobs, soundfont=soundfont,
-                           cluster=cluster)
+    report = prepare_store(source, store, SPECTROGRAMS[preset], splits=splits or None,
+                           jobs=jobs, soundfont=soundfont, cluster=cluster)
     for path, reason in report["skipped"].items():
         print(f"skipped {path}: {reason}", file=sys.stderr)
     hours = ", ".join(f"{split} {h:.3g} h" for split, h in report["hours"].items())
-    print(f"{store}: {report['recordings']} recordings ({hours}), {report['new']} of them new, "
-          f"{report['bytes'] / 1e6:,.1f} MB, in {(time.perf_counter() - begin) / 60:.1f} minutes; "
+    minutes = (time.perf_counter() - begin) / 60
+    print(f"{store}: {report['recordings']} recordings ({hours}), {report['new']} of "
+          f"them new, {report['bytes'] / 1e6:,.1f} MB, in {minutes:.1f} minutes; "
           f"skipped: {len(report['skipped'])}")
 
 # %% ../nbs/10_cli.ipynb #b5c1df68
@@ -288,27 +316,32 @@ def _train_config() -> Any:
     return TrainConfig
 
 
+_Config = Annotated[Any, tyro.conf.arg(name="", constructor_factory=_train_config)]
+
+
 def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
-          config: Annotated[Any, tyro.conf.arg(name="", constructor_factory=_train_config)], *,
-          init: str | None = None) -> None:
+          config: _Config, *, init: str | None = None) -> None:
     """Train a model; with the same RUN again, go on from its last checkpoint.
 
     Args:
         store: what `pianodiff prepare` wrote
         run: the folder for checkpoints, logs, samples and the model
-        init: start from the weights of this model (fine-tuning): a shipped name, a folder, or a Hub id
+        init: start from the weights of this model (fine-tuning): a shipped name, a
+        folder, or a Hub id
     """
     from pianodiff.model import find_model
     from pianodiff.train import train as train_model
 
     begin = time.perf_counter()
-    model = train_model(store, run, config, init=None if init is None else find_model(init), on_snapshot=snapshot)
+    model = train_model(store, run, config, on_snapshot=snapshot,
+                        init=None if init is None else find_model(init))
     seen = json.loads((model / "config.json").read_text())["training"]["images"]
-    print(f"{model}: trained on {seen:,} blocks, {(time.perf_counter() - begin) / 60:.1f} minutes this time")
+    print(f"{model}: trained on {seen:,} blocks, "
+          f"{(time.perf_counter() - begin) / 60:.1f} minutes this time")
 
 # %% ../nbs/10_cli.ipynb #2ea28048
 def snapshot(model: Path, images: int) -> None:
-    """Write eight seconds of a run's model beside it, as `samples/<images>.wav` and `.png`."""
+    """Write eight seconds of a run's model as `samples/<images>.wav` and `.png`."""
     from pianodiff.audio import save_audio
     from pianodiff.files import write_whole
     from pianodiff.generate import Piano
@@ -318,20 +351,25 @@ def snapshot(model: Path, images: int) -> None:
     folder = model.parent / "samples"
     folder.mkdir(exist_ok=True)
     save_audio(folder / f"{images}.wav", wave, piano.cfg.sample_rate)
-    write_whole(folder / f"{images}.png", _draw(wave, piano.cfg, f"after {images:,} blocks"))
+    picture = _draw(wave, piano.cfg, f"after {images:,} blocks")
+    write_whole(folder / f"{images}.png", picture)
 
 # %% ../nbs/10_cli.ipynb #77bff308
 def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
-             reference: Annotated[str, tyro.conf.arg(metavar="REFERENCE")], /, *, out: Path = Path("report.html"),
-             pieces: int = 10, seconds: float = 61.44, steps: int = NUM_STEPS, sampler: str = SAMPLER,
-             training: str | None = None, transpose: int = 0, embeddings: tuple[str, ...] = ("logmel",),
-             splits: tuple[str, ...] = (), blocks: int = 2000, seed: int = 0, cache: Path | None = None,
+             reference: Annotated[str, tyro.conf.arg(metavar="REFERENCE")], /, *,
+             out: Path = Path("report.html"), pieces: int = 10, seconds: float = 61.44,
+             steps: int = NUM_STEPS, sampler: str = SAMPLER,
+             training: str | None = None, transpose: int = 0,
+             embeddings: tuple[str, ...] = ("logmel",), splits: tuple[str, ...] = (),
+             blocks: int = 2000, seed: int = 0, cache: Path | None = None,
              soundfont: Path | None = None) -> None:
-    """Measure generated music against real music: distances, notes, joins, drift, copies.
+    """Measure generated music against real: distances, notes, joins, drift, copies.
 
     Args:
-        generated: a model (a shipped name, a folder, or a Hub id); or a folder of sound files, each begun with a block
-        reference: real music that the model was not trained on: whatever `prepare` takes
+        generated: a model (a shipped name, a folder, or a Hub id); or a folder of sound
+        files, each begun with a block
+        reference: real music that the model was not trained on: whatever `prepare`
+        takes
         out: the page to write (.html); the same figures go into a .json beside it
         pieces: how many a model makes, by seeds that count up from the seed
         seconds: length of each of them
@@ -339,7 +377,8 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
         sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
         training: the store that the model was trained on, to search for copies
         transpose: search for copies up to this many semitones higher or lower
-        embeddings: logmel, vggish, vggish=FILE, or the name or folder of a Hugging Face audio encoder
+        embeddings: logmel, vggish, vggish=FILE, or the name or folder of a Hugging Face
+        audio encoder
         splits: only these of the reference's train, validation and test; all by default
         blocks: how many blocks of the reference to read
         seed: of what is drawn; the same seed gives the same figures
@@ -349,8 +388,9 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
     _check_output(out, (".html",))
     from pianodiff.evaluate import evaluate as evaluate_music
 
-    results = evaluate_music(generated, reference, out, pieces=pieces, seconds=seconds, steps=steps, sampler=sampler,
-                             training=training, transpose=transpose, embeddings=embeddings, splits=splits,
+    results = evaluate_music(generated, reference, out, pieces=pieces, seconds=seconds,
+                             steps=steps, sampler=sampler, training=training,
+                             transpose=transpose, embeddings=embeddings, splits=splits,
                              blocks=blocks, seed=seed, cache=cache, soundfont=soundfont)
     _print_results(results, out)
 
@@ -360,17 +400,23 @@ def _print_results(results: dict[str, Any], out: Path) -> None:
     from pianodiff.evaluate import farther
 
     for name, table in results["distances"].items():
-        figures = ", ".join(f"{row} {values['frechet']:.4g}" for row, values in table.items())
-        print(f"Fréchet distance ({name}): {figures}; farther off than other real music in "
-              f"{farther(results['floors'][name])} of {len(results['floors'][name]['real'])} splits")
+        figures = ", ".join(f"{row} {values['frechet']:.4g}"
+                            for row, values in table.items())
+        floor = results["floors"][name]
+        print(f"Fréchet distance ({name}): {figures}; farther off than other real "
+              f"music in {farther(floor)} of {len(floor['real'])} splits")
     making, evaluating = (results["seconds"][part] for part in ("making", "evaluating"))
-    print(f"{out} and {out.with_suffix('.json')}: {results['generated']['blocks']} generated blocks beside "
-          f"{results['reference']['blocks']} real ones, in {evaluating:.0f} s" +
+    print(f"{out} and {out.with_suffix('.json')}: {results['generated']['blocks']} "
+          f"generated blocks beside {results['reference']['blocks']} real ones, in "
+          f"{evaluating:.0f} s" +
           (f" after {making:.0f} s of generation" if making else ""))
 
 # %% ../nbs/10_cli.ipynb #5189390b
 def _parse(args: Sequence[str]) -> Callable[[], None]:
-    """The command that a line asks for, bound to its arguments; ValueError for a line that can't be understood."""
+    """The command that a line asks for, bound to its arguments.
+
+    Raises ValueError for a line that can't be understood.
+    """
     commands: dict[str, Callable[..., Any]] = {
         "generate": generate, "continue": continue_, "prepare": prepare, "train": train,
         "evaluate": evaluate, "info": info}
@@ -381,32 +427,37 @@ def _parse(args: Sequence[str]) -> Callable[[], None]:
     box = io.StringIO()
     try:
         with redirect_stderr(box):
+            about = f"Piano music from a diffusion model (pianodiff {__version__})."
             return tyro.extras.subcommand_cli_from_dict(
-                {name: later(command) for name, command in commands.items()}, prog="pianodiff",
-                description=f"Piano music from a diffusion model (pianodiff {__version__}).", args=args,
+                {name: later(command) for name, command in commands.items()},
+                prog="pianodiff", description=about, args=args,
                 config=(tyro.conf.AvoidSubcommands,))
     except SystemExit as stop:
         if not stop.code:
             raise  # after --help
         command = f"{args[0]} " if args and args[0] in commands else ""
-        raise ValueError(f"{_reason_in(box.getvalue())}; see pianodiff {command}--help") from None
+        reason = _reason_in(box.getvalue())
+        raise ValueError(f"{reason}; see pianodiff {command}--help") from None
 
 
 def _reason_in(box: str) -> str:
-    """What tyro's box says first, without colours, the sides of the box, its title, and the advice below."""
+    """What tyro's box says first, without colours, sides, title and advice."""
     text = re.sub(r"\x1b\[[\d;]*m|[╭╮│╰╯]", "", box)
     *_, reason = re.split("[-─]{3,}", text)[:2]
     return " ".join(reason.split()).rstrip(".")
 
 # %% ../nbs/10_cli.ipynb #cli00007
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0, 2 for input that can't be used (told in one line), 130 when interrupted.
+    """Run a command, and return its exit code.
 
-    SIGTERM and SIGHUP interrupt as Ctrl-C does. Raises SystemExit after `--help`, and for a pipe without a reader.
+    It is 0, 2 for input that can't be used (told in one line), 130 when interrupted.
+    SIGTERM and SIGHUP interrupt as Ctrl-C does. Raises SystemExit after `--help`, and
+    for a pipe without a reader.
     """
     args = sys.argv[1:] if args is None else list(args)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # any name of a file can be printed
+        # any name of a file can be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with interruptible(), printed():
             if args == ["--version"]:
@@ -426,9 +477,12 @@ def _in_one_line(error: Exception) -> str:
     """What an error says, without errno's number."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        text = error.strerror
+        if error.filename:
+            text = f"{error.filename}: {text}"
     return " ".join(text.split())
 
 
-if __name__ == "__main__" and __spec__ is not None:  # python -m pianodiff.cli; a notebook has no __spec__
+# python -m pianodiff.cli; a notebook has no __spec__
+if __name__ == "__main__" and __spec__ is not None:
     sys.exit(main())

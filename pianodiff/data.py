@@ -27,11 +27,15 @@ from torch.utils.data import Dataset
 
 from .audio import SpectrogramConfig, normalize_peak, to_spectrogram
 from .files import ahead, single_threaded
-from .recordings import MIDI_ENDINGS as MIDI_ENDINGS  # this and what follows, where it was before 0.2
+
+# this and what follows, where it was before 0.2
+from .recordings import MIDI_ENDINGS as MIDI_ENDINGS
 from .recordings import SPLITS, Recording, absolute_path, find_soundfont, read_recording, reason, scan_source
 from .recordings import find_recordings as find_recordings
 from .recordings import render_midi as render_midi
-from .synth import example_performance as example_performance  # its place before 0.2
+
+# its place before 0.2
+from .synth import example_performance as example_performance
 from .terminal import progress_bar
 
 # %% ../nbs/03_data.ipynb #dat00003
@@ -51,7 +55,10 @@ STORE_FORMAT = 1
 
 @dataclass(frozen=True)
 class Store:
-    """What a spectrogram store says of itself. `mean` and `std` are those of the training split's values in [0, 1]."""
+    """What a spectrogram store says of itself.
+
+    `mean` and `std` are those of the training split's values in [0, 1].
+    """
 
     url: str
     cfg: SpectrogramConfig
@@ -64,25 +71,33 @@ class Store:
         """The recordings of one split. Raises ValueError if there are none."""
         chosen = [r for r in self.recordings if r["split"] == split]
         if not chosen:
-            raise ValueError(f"the store {self.url} has no recordings of the split {split!r}; prepare that split too")
+            raise ValueError(f"the store {self.url} has no recordings of the split "
+                             f"{split!r}; prepare that split too")
         return chosen
 
     @property
     def hours(self) -> dict[str, float]:
         """Hours of sound by split."""
         seconds = self.cfg.hop_length / self.cfg.sample_rate
-        splits = [split for split in SPLITS if any(r["split"] == split for r in self.recordings)]
-        return {split: sum(r["frames"] for r in self.of(split)) * seconds / 3600 for split in splits}
+        present = {r["split"] for r in self.recordings}
+        return {split: sum(r["frames"] for r in self.of(split)) * seconds / 3600
+                for split in SPLITS if split in present}
 
 # %% ../nbs/03_data.ipynb #d011faab
 def open_store(store: str | os.PathLike) -> Store:
-    """A store's facts. Raises FileNotFoundError if there is none, ValueError if half-written or of another format."""
+    """A store's facts.
+
+    Raises FileNotFoundError if there is none, ValueError if half-written or of another
+    format.
+    """
     about = _attributes(_open_group(store, "r"), store)
     if not about.get("complete") or not {"mean", "std", "recordings"} <= about.keys():
-        raise ValueError(f"{store} is half-written; run the same `pianodiff prepare` again, it will go on")
+        raise ValueError(f"{store} is half-written; run the same `pianodiff prepare` "
+                         "again, it will go on")
     try:
-        return Store(str(store), SpectrogramConfig(**about["spectrogram"]), float(about["mean"]), float(about["std"]),
-                     about["source"], tuple(about["recordings"]))
+        return Store(str(store), SpectrogramConfig(**about["spectrogram"]),
+                     float(about["mean"]), float(about["std"]), about["source"],
+                     tuple(about["recordings"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"the attributes of {store} are damaged ({reason(error)}); "
                          "make it anew with `pianodiff prepare`") from error
@@ -91,27 +106,36 @@ def open_store(store: str | os.PathLike) -> Store:
 def _open_group(store: str | os.PathLike, mode: Literal["r", "r+"]) -> zarr.Group:
     try:
         return zarr.open_group(str(store), mode=mode)
-    except (FileNotFoundError, FileExistsError, zarr.errors.ContainsArrayError) as error:  # none, a file, an array
-        raise FileNotFoundError(f"{store} is not a spectrogram store; make one with `pianodiff prepare`") from error
-    except Exception as error:  # damaged metadata, a library, credentials or a network that is missing
-        raise ValueError(f"the store {store} can't be opened ({type(error).__name__}: {reason(error)}); check the "
-                         "address, your access and its zarr.json, or make it anew with `pianodiff prepare`") from error
+    except (FileNotFoundError, FileExistsError,
+            zarr.errors.ContainsArrayError) as error:
+        raise FileNotFoundError(f"{store} is not a spectrogram store; make one with "
+                                "`pianodiff prepare`") from error
+    except Exception as error:  # damage, no library, no credentials, no network
+        raise ValueError(f"the store {store} can't be opened "
+                         f"({type(error).__name__}: {reason(error)}); check the "
+                         "address, your access and its zarr.json, or make it anew with "
+                         "`pianodiff prepare`") from error
 
 
 def _attributes(group: zarr.Group, store: str | os.PathLike) -> dict[str, Any]:
-    """A store's own attributes. Raises ValueError for a group that is no store of this format."""
+    """A store's own attributes.
+
+    Raises ValueError for a group that is no store of this format.
+    """
     about: dict[str, Any] = dict(group.attrs.asdict())
-    kept = about.get("pianodiff_store"), type(about.get("source")), type(about.get("spectrogram"))
-    if kept != (STORE_FORMAT, str, dict):
-        raise ValueError(f"{store} is not a spectrogram store of format {STORE_FORMAT}, or damaged; "
-                         "make one in another folder with `pianodiff prepare`")
+    kinds = type(about.get("source")), type(about.get("spectrogram"))
+    if about.get("pianodiff_store") != STORE_FORMAT or kinds != (str, dict):
+        raise ValueError(f"{store} is not a spectrogram store of format "
+                         f"{STORE_FORMAT}, " "or damaged; make one in another folder "
+                         "with " "`pianodiff prepare`")
     return about
 
 # %% ../nbs/03_data.ipynb #0efa2ef5
-def _prepare_one(
-    recording: Recording, source: str, store: str, cfg: SpectrogramConfig, soundfont: str | None
-) -> dict[str, Any]:
-    """Write one recording's array; what its attributes hold, or {"error": why it can't be used}.
+def _prepare_one(recording: Recording, source: str, store: str, cfg: SpectrogramConfig,
+                 soundfont: str | None) -> dict[str, Any]:
+    """Write one recording's array, and return its attributes.
+
+    Where the recording can't be used, {"error": the reason} is returned instead.
 
     Raises OSError if the store can't be written.
     """
@@ -119,19 +143,24 @@ def _prepare_one(
         wave = read_recording(recording, source, cfg.sample_rate, soundfont)
         if len(wave) < cfg.block_samples:
             seconds = len(wave) / cfg.sample_rate
-            raise ValueError(f"it lasts {seconds:.2f} s, less than a block ({cfg.block_seconds:.2f} s)")
+            raise ValueError(f"it lasts {seconds:.2f} s, less than a block "
+                             f"({cfg.block_seconds:.2f} s)")
         codes = _codes(normalize_peak(wave)[0], cfg)
     except (ValueError, FileNotFoundError) as error:
         return {"error": str(error)}
-    about: dict[str, Any] = {"id": recording.id, "split": recording.split, "title": recording.title,
-                             "frames": len(codes), "histogram": _histogram(codes)}
+    about: dict[str, Any] = {"id": recording.id, "split": recording.split,
+                             "title": recording.title, "frames": len(codes),
+                             "histogram": _histogram(codes)}
     with _writing(store):
         group = _open_group(store, "r+")
         old = group.get(recording.id)
-        if old is not None and "histogram" in old.attrs:  # another run was quicker: leave its array whole
+        # another run was quicker: leave its array whole
+        if old is not None and "histogram" in old.attrs:
             return dict(old.attrs.asdict())
-        array = group.create_array(recording.id, data=codes, chunks=(1024, cfg.n_bins), overwrite=True)
-        array.update_attributes(about)  # last: an array with a histogram is a finished one
+        array = group.create_array(recording.id, data=codes, chunks=(1024, cfg.n_bins),
+                                   overwrite=True)
+        # last: an array with a histogram is a finished one
+        array.update_attributes(about)
     return about
 
 
@@ -141,17 +170,22 @@ def _writing(store: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno or errno.EIO, f"the store {store} can't be written ({error.strerror or error}); "
-                      "what is finished is kept: make room, or give another place, and run again") from error
+        raise OSError(error.errno or errno.EIO, f"the store {store} can't be written "
+                      f"({error.strerror or error}); " "what is finished is kept: make "
+                      "room, or give another place, " "and run again") from error
 
 # %% ../nbs/03_data.ipynb #d90382d9
 _Work = Callable[[Recording], dict[str, Any]]
 _Results = Iterator[tuple[Recording, dict[str, Any]]]
-_DIED = "a worker process died, perhaps for lack of memory; what is finished is kept: run again with fewer jobs"
+_DIED = ("a worker process died, perhaps for lack of memory; what is finished is kept: "
+         "run again with fewer jobs")
 
 
-def _run(work: _Work, todo: Sequence[Recording], jobs: int, cluster: str | None) -> _Results:
-    """Results of `work` on each recording, as they come: from this process, from `jobs` others, or from a Dask cluster.
+def _run(work: _Work, todo: Sequence[Recording], jobs: int,
+         cluster: str | None) -> _Results:
+    """Results of `work` on each recording, as they come.
+
+    They come from this process, from `jobs` others, or from a Dask cluster.
 
     Raises ChildProcessError if a worker dies.
     """
@@ -164,12 +198,15 @@ def _run(work: _Work, todo: Sequence[Recording], jobs: int, cluster: str | None)
 
 
 def _run_in_processes(work: _Work, todo: Sequence[Recording], jobs: int) -> _Results:
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"),
+                             _start_worker) as pool:
         pending = {pool.submit(work, recording): recording for recording in todo}
         try:
-            yield from ((pending[done], done.result()) for done in as_completed(pending))
+            yield from ((pending[done], done.result())
+                        for done in as_completed(pending))
         except BrokenProcessPool as error:
-            raise ChildProcessError(f"{_DIED} (a script needs `if __name__ == '__main__':`)") from error
+            script = "(a script needs `if __name__ == '__main__':`)"
+            raise ChildProcessError(f"{_DIED} {script}") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -187,15 +224,20 @@ def _end_with_parent() -> None:
 
 # %% ../nbs/03_data.ipynb #dat00006
 def _client(address: str) -> Any:
-    """A connection to a Dask scheduler. Raises ValueError if Dask is missing, ConnectionError if nobody answers."""
+    """A connection to a Dask scheduler.
+
+    Raises ValueError if Dask is missing, ConnectionError if nobody answers.
+    """
     try:
         from distributed import Client
     except ImportError as error:
-        raise ValueError("a cluster needs Dask; install it with `pip install pianodiff[dask]`") from error
+        raise ValueError("a cluster needs Dask; install it with "
+                         "`pip install pianodiff[dask]`") from error
     try:
         return Client(address)
     except Exception as error:  # no address, or nobody there
-        raise ConnectionError(f"no scheduler answers at {address}; check the address ({reason(error)})") from error
+        raise ConnectionError(f"no scheduler answers at {address}; check the address "
+                              f"({reason(error)})") from error
 
 
 def _run_on_cluster(work: _Work, todo: Sequence[Recording], address: str) -> _Results:
@@ -205,15 +247,19 @@ def _run_on_cluster(work: _Work, todo: Sequence[Recording], address: str) -> _Re
     with client:
         pending = dict(zip(client.map(work, todo), todo, strict=True))
         try:
-            yield from ((pending[done], done.result()) for done in distributed.as_completed(pending))
+            yield from ((pending[done], done.result())
+                        for done in distributed.as_completed(pending))
         except (distributed.KilledWorker, CancelledError) as error:
             raise ChildProcessError(f"{_DIED}, or on larger workers") from error
 
 # %% ../nbs/03_data.ipynb #dat00008
-def _collect(results: _Results, todo: Sequence[Recording]) -> tuple[int, dict[str, str]]:
+def _collect(
+    results: _Results, todo: Sequence[Recording]
+) -> tuple[int, dict[str, str]]:
     """How many recordings were made, and why others can't be used, by path.
 
-    A bar counts the hours, or the recordings where there is less than an hour or a duration isn't known.
+    A bar counts the hours, or the recordings where there is less than an hour or a
+    duration isn't known.
     """
     skipped: dict[str, str] = {}
     hours = {r.id: r.duration / 3600 for r in todo}
@@ -221,7 +267,8 @@ def _collect(results: _Results, todo: Sequence[Recording]) -> tuple[int, dict[st
     if sum(hours.values()) < 1 or not all(hours.values()):
         hours, count, unit = dict.fromkeys(hours, 1), "{n}/{total}", "recordings"
     bar_format = f"{{l_bar}}{{bar}}| {count} {unit} [{{elapsed}}<{{remaining}}]"
-    with progress_bar(total=sum(hours.values()), desc="prepare", bar_format=bar_format) as bar:
+    with progress_bar(total=sum(hours.values()), desc="prepare",
+                      bar_format=bar_format) as bar:
         for recording, result in results:
             if "error" in result:
                 skipped[recording.path] = result["error"]
@@ -230,83 +277,117 @@ def _collect(results: _Results, todo: Sequence[Recording]) -> tuple[int, dict[st
 
 # %% ../nbs/03_data.ipynb #32cdcc6b
 def _claim_store(store: str, cfg: SpectrogramConfig, source: str) -> zarr.Group:
-    """Open a store to go on with, or begin one. Raises ValueError for one that was made of, or for, something else."""
-    about: dict[str, Any] = {
-        "pianodiff_store": STORE_FORMAT, "complete": False, "source": source, "spectrogram": asdict(cfg)}
+    """Open a store to go on with, or begin one.
+
+    Raises ValueError for one that was made of, or for, something else.
+    """
+    about: dict[str, Any] = {"pianodiff_store": STORE_FORMAT, "complete": False,
+                             "source": source, "spectrogram": asdict(cfg)}
     try:
         group = _open_group(store, "r+")
     except FileNotFoundError:
         fs, root = fsspec.core.url_to_fs(store)
         if fs.exists(root) and fs.find(root):
-            raise ValueError(f"{store} exists and is not a spectrogram store; give another folder") from None
+            raise ValueError(f"{store} exists and is not a spectrogram store; give "
+                             "another folder") from None
         with _writing(store):
             return zarr.open_group(store, mode="w-", attributes=about)
-    old, new = ({"source": a["source"], **a["spectrogram"]} for a in (_attributes(group, store), about))
-    if differing := [f"{key} {old.get(key)}, not {value}" for key, value in new.items() if old.get(key) != value]:
-        raise ValueError(f"the store {store} was made with {', '.join(differing)}; give another folder")
+    kept = _attributes(group, store)
+    old = {"source": kept["source"], **kept["spectrogram"]}
+    new = {"source": source, **about["spectrogram"]}
+    if differing := [f"{key} {old.get(key)}, not {value}"
+                     for key, value in new.items() if old.get(key) != value]:
+        raise ValueError(f"the store {store} was made with {', '.join(differing)}; "
+                         "give another folder")
     return group
 
 
 def _finished(group: zarr.Group) -> dict[str, dict[str, Any]]:
-    """The attributes of each finished array, by its name. Raises ValueError for one whose metadata are damaged."""
+    """The attributes of each finished array, by its name.
+
+    Raises ValueError for one whose metadata are damaged.
+    """
     try:
-        return {name: dict(a.attrs.asdict()) for name, a in group.arrays() if "histogram" in a.attrs}
+        return {name: dict(a.attrs.asdict()) for name, a in group.arrays()
+                if "histogram" in a.attrs}
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"a zarr.json in the store {group.store} is damaged ({reason(error)}); "
-                         "delete its folder and run again") from error
+        raise ValueError(f"a zarr.json in the store {group.store} is damaged "
+                         f"({reason(error)}); delete its folder and run again"
+                         ) from error
 
 # %% ../nbs/03_data.ipynb #dat00011
 def _summary(finished: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The store's index; mean and standard deviation, Eq. (store-mean), of the training split (of all if none is)."""
+    """The store's index, mean and standard deviation, Eq. (store-mean).
+
+    The last two are those of the training split, or of all if there is none.
+    """
     finished = sorted(finished, key=lambda r: (r["split"], r["id"]))
     training = [r for r in finished if r["split"] == "train"] or finished
     counts = np.sum([r["histogram"] for r in training], axis=0)
     levels = np.arange(256) / 255
     mean = np.average(levels, weights=counts)
     std = np.sqrt(np.average((levels - mean) ** 2, weights=counts))
-    index = [{key: r[key] for key in ("id", "split", "title", "frames")} for r in finished]
-    return {"complete": True, "mean": float(mean), "std": float(std), "recordings": index}
+    index = [{key: r[key] for key in ("id", "split", "title", "frames")}
+             for r in finished]
+    return {"complete": True, "mean": float(mean), "std": float(std),
+            "recordings": index}
 
 # %% ../nbs/03_data.ipynb #d2799dd9
-def _choose(source: str, splits: Iterable[str] | None) -> tuple[list[Recording], list[Recording]]:
-    """All recordings of a source, and those of the splits that are asked for. Raises ValueError if there are none."""
+def _choose(
+    source: str, splits: Iterable[str] | None
+) -> tuple[list[Recording], list[Recording]]:
+    """All recordings of a source, and those of the splits that are asked for.
+
+    Raises ValueError if there are none.
+    """
     wanted = {splits} if isinstance(splits, str) else set(splits or SPLITS)
     if unknown := wanted - set(SPLITS):
-        raise ValueError(f"there is no split {', '.join(sorted(unknown))}; choose of {', '.join(SPLITS)}")
+        raise ValueError(f"there is no split {', '.join(sorted(unknown))}; choose of "
+                         f"{', '.join(SPLITS)}")
     recordings, listed = scan_source(source)
     if not listed:
-        print(f"{source} has no index in MAESTRO's layout: a hash of the files' names splits them", file=sys.stderr)
+        print(f"{source} has no index in MAESTRO's layout: a hash of the files' names "
+              "splits them", file=sys.stderr)
     chosen = [r for r in recordings if r.split in wanted]
     if not chosen:
-        raise ValueError(f"{source} has no recordings of the splits {', '.join(sorted(wanted))}; choose others")
+        raise ValueError(f"{source} has no recordings of the splits "
+                         f"{', '.join(sorted(wanted))}; choose others")
     return recordings, chosen
 
 
-def _check_listed(finished: Iterable[str], recordings: Sequence[Recording], store: str, source: str) -> None:
-    """Raise ValueError where the store holds a recording that the source doesn't list."""
+def _check_listed(finished: Iterable[str], recordings: Sequence[Recording], store: str,
+                  source: str) -> None:
+    """Raise ValueError where the store holds what the source doesn't list."""
     if strangers := set(finished) - {r.id for r in recordings}:
-        raise ValueError(f"the store {store} holds {min(strangers)}, which {source} lacks; "
-                         "give another folder, or delete it in the store")
+        raise ValueError(f"the store {store} holds {min(strangers)}, which {source} "
+                         "lacks; give another folder, or delete it in the store")
 
 
-def _refresh(finished: dict[str, dict[str, Any]], recordings: Sequence[Recording]) -> None:
+def _refresh(finished: dict[str, dict[str, Any]],
+             recordings: Sequence[Recording]) -> None:
     """Give finished arrays the splits and titles of today's index."""
     for r in recordings:
         if r.id in finished:
             finished[r.id] |= {"split": r.split, "title": r.title}
 
 # %% ../nbs/03_data.ipynb #4e78dae6
-def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: SpectrogramConfig, *,
-            splits: Iterable[str] | None = None, jobs: int | None = None,
-            soundfont: str | os.PathLike | None = None, cluster: str | None = None) -> dict[str, Any]:
-    """Write a data set's spectrograms into a Zarr store (section III-B); run again, it goes on where it stopped.
+def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: SpectrogramConfig,
+            *, splits: Iterable[str] | None = None, jobs: int | None = None,
+            soundfont: str | os.PathLike | None = None,
+            cluster: str | None = None) -> dict[str, Any]:
+    """Write a data set's spectrograms into a Zarr store (section III-B).
 
-    Each recording is scaled to a peak of 1 and becomes one uint8 array `[frames, n_bins]`. `source` is a folder, zip or
-    URL in MAESTRO's layout or a folder of sound files; `store` is any fsspec URL; `splits` are some of SPLITS; `jobs`
-    processes do the work (as many as there are cores), or the Dask cluster at `cluster`, which must see both places.
-    The result tells `hours` of sound by split, `recordings` in the store, how many are `new`, the store's `bytes`, and
-    in `skipped` the reason for each recording that can't be used. Raises FileNotFoundError or ValueError for a source,
-    store or soundfont that can't be used, OSError if the store can't be written, a worker dies or no cluster answers.
+    Run again, it goes on where it stopped.
+
+    Each recording is scaled to a peak of 1 and becomes one uint8 array
+    `[frames, n_bins]`. `source` is a folder, zip or URL in MAESTRO's layout or a folder
+    of sound files; `store` is any fsspec URL; `splits` are some of SPLITS; `jobs`
+    processes do the work (as many as there are cores), or the Dask cluster at
+    `cluster`, which must see both places. The result tells `hours` of sound by split,
+    `recordings` in the store, how many are `new`, the store's `bytes`, and in `skipped`
+    the reason for each recording that can't be used. Raises FileNotFoundError or
+    ValueError for a source, store or soundfont that can't be used, OSError if the store
+    can't be written, a worker dies or no cluster answers.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}; give 1 or more, or leave it out")
@@ -321,28 +402,33 @@ def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: Spectrogra
     group = _claim_store(store, cfg, source.rstrip("/").rpartition("/")[2])
     finished = _finished(group)
     _check_listed(finished, recordings, store, source)
-    todo = sorted((r for r in chosen if r.id not in finished), key=lambda r: -r.duration)  # so that cores end together
-    work = partial(_prepare_one, source=source, store=store, cfg=cfg, soundfont=str(soundfont) if soundfont else None)
+    todo = [r for r in chosen if r.id not in finished]
+    todo.sort(key=lambda r: -r.duration)  # so that cores end together
+    work = partial(_prepare_one, source=source, store=store, cfg=cfg,
+                   soundfont=str(soundfont) if soundfont else None)
     try:
-        new, skipped = _collect(_run(work, todo, jobs or os.cpu_count() or 1, cluster), todo)
+        results = _run(work, todo, jobs or os.cpu_count() or 1, cluster)
+        new, skipped = _collect(results, todo)
     except KeyboardInterrupt:
-        print("what is finished is kept: run the same again, and it goes on", file=sys.stderr)
+        print("what is finished is kept: run the same again, and it goes on",
+              file=sys.stderr)
         raise
     finished |= _finished(group)  # by other runs too
     if not finished:
         for path in ours[-1:]:
             fs.rm(path, recursive=True)
         path, why = next(iter(skipped.items()))
-        raise ValueError(f"none of the {len(chosen)} recordings in {source} can be used; {path}: {why}")
+        raise ValueError(f"none of the {len(chosen)} recordings in {source} can be "
+                         f"used; {path}: {why}")
     _refresh(finished, recordings)
     with _writing(store):
         group.update_attributes(_summary(finished.values()))
-    return {"hours": open_store(store).hours, "recordings": len(finished), "new": new, "bytes": fs.du(root),
-            "skipped": skipped}
+    return {"hours": open_store(store).hours, "recordings": len(finished), "new": new,
+            "bytes": fs.du(root), "skipped": skipped}
 
 # %% ../nbs/03_data.ipynb #dat00014
 class _Grid:
-    """Blocks of `width` frames, side by side, over recordings of `frames` frames each."""
+    """Blocks of `width` frames, side by side, over recordings of `frames` frames."""
 
     def __init__(self, frames: Sequence[int], width: int) -> None:
         self.frames = frames
@@ -353,7 +439,7 @@ class _Grid:
         return int(self.ends[-1])
 
     def place(self, index: int, offset: int = 0) -> tuple[int, int]:
-        """The recording of a block, and the frame where it begins: `offset` late, or the last that fits."""
+        """A block's recording and first frame: `offset` late, or the last that fits."""
         which = int(np.searchsorted(self.ends, index, side="right"))
         first = int(self.ends[which - 1]) if which else 0
         start = (index - first) * self.width + offset
@@ -375,12 +461,16 @@ class _Frames:
         self._arrays: dict[int, Any] = {}
 
     def read(self, which: int, frames: slice = slice(None)) -> np.ndarray:
-        """Frames of a recording, uint8 `[t, n_bins]`. Raises ValueError if it is damaged."""
+        """Frames of a recording, uint8 `[t, n_bins]`.
+
+        Raises ValueError if it is damaged.
+        """
         try:
             array = self._array(which)
             codes = array[frames]
             whole = codes.shape == array.shape
-            if which not in self._intact and (whole or not codes[[0, -1]].any(axis=1).all()):
+            suspect = whole or not codes[[0, -1]].any(axis=1).all()
+            if suspect and which not in self._intact:
                 if _histogram(codes if whole else array[:]) != array.attrs["histogram"]:
                     raise ValueError("frames are missing or changed")
                 self._intact.add(which)
@@ -389,8 +479,9 @@ class _Frames:
             raise
         except Exception as error:
             place = f"{self.info.url}/{self.recordings[which]['id']}"
-            raise ValueError(f"the store {self.info.url} is damaged in {place} ({reason(error)}): delete that and run "
-                             "the same `pianodiff prepare` again") from error
+            raise ValueError(f"the store {self.info.url} is damaged in {place} "
+                             f"({reason(error)}): delete that and run the same "
+                             "`pianodiff prepare` again") from error
 
     def _array(self, which: int) -> Any:
         if self._process != os.getpid():  # a connection does not outlive a fork
@@ -398,18 +489,24 @@ class _Frames:
         if which not in self._arrays:
             if self._group is None:
                 self._group = _open_group(self.info.url, "r")
-            self._arrays[which] = _open_array(self._group, self.recordings[which], self.info)
+            self._arrays[which] = _open_array(self._group, self.recordings[which],
+                                              self.info)
         return self._arrays[which]
 
 # %% ../nbs/03_data.ipynb #dat00018
 def _open_array(group: zarr.Group, recording: dict[str, Any], info: Store) -> Any:
-    """A recording's array. Raises FileNotFoundError where it is missing, ValueError where it is half-written."""
+    """A recording's array.
+
+    Raises FileNotFoundError where it is missing, ValueError where it is half-written.
+    """
     try:
         array: Any = group[recording["id"]]
     except KeyError as error:
-        raise FileNotFoundError(f"the store {info.url} lacks {recording['id']}; copy it again, "
-                                "or run the same `pianodiff prepare` again") from error
-    if array.shape != (recording["frames"], info.cfg.n_bins) or "histogram" not in array.attrs:
+        raise FileNotFoundError(f"the store {info.url} lacks {recording['id']}; copy "
+                                "it again, or run the same `pianodiff prepare` again"
+                                ) from error
+    shape = recording["frames"], info.cfg.n_bins
+    if array.shape != shape or "histogram" not in array.attrs:
         raise ValueError("it is half-written, or of another length")
     return array
 
@@ -417,14 +514,17 @@ def _open_array(group: zarr.Group, recording: dict[str, Any], info: Store) -> An
 class BlockDataset(Dataset):
     """Blocks of a store's split, each with the block before it (section III-D, 8).
 
-    An item is {"spec": `[1, F, W]`, "prev": `[1, F, W]`, "has_prev": bool} with values in [0, 1]. Where a recording has
-    no whole block before, `has_prev` is False and `prev` is zero. With `random_offset` a block starts up to one block
-    later than on the grid, drawn anew each time from torch's generator; `in_memory` keeps the whole split in memory
-    (0.06 GB an hour at 256 rows). Raises what `open_store` raises, and ValueError for a split without recordings; where
-    the store is damaged, ValueError at once if `in_memory`, else with the first block that is touched.
+    An item is {"spec": `[1, F, W]`, "prev": `[1, F, W]`, "has_prev": bool} with values
+    in [0, 1]. Where a recording has no whole block before, `has_prev` is False and
+    `prev` is zero. With `random_offset` a block starts up to one block later than on
+    the grid, drawn anew each time from torch's generator; `in_memory` keeps the whole
+    split in memory (0.06 GB an hour at 256 rows). Raises what `open_store` raises, and
+    ValueError for a split without recordings; where the store is damaged, ValueError at
+    once if `in_memory`, else with the first block that is touched.
     """
 
-    def __init__(self, store: str | os.PathLike, split: str, *, random_offset: bool, in_memory: bool = False) -> None:
+    def __init__(self, store: str | os.PathLike, split: str, *, random_offset: bool,
+                 in_memory: bool = False) -> None:
         self.info = open_store(store)
         self.random_offset = random_offset
         recordings = self.info.of(split)
@@ -432,29 +532,40 @@ class BlockDataset(Dataset):
         self._frames = _Frames(self.info, recordings)
         self._loaded: list[np.ndarray] = []
         if in_memory:
-            self._loaded = list(ahead(self._frames.read, range(len(recordings)), os.cpu_count() or 1))
+            workers = os.cpu_count() or 1
+            self._loaded = list(ahead(self._frames.read, range(len(recordings)),
+                                      workers))
 
     def __len__(self) -> int:
         return len(self._grid)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        offset = int(torch.randint(self.info.cfg.n_frames, ())) if self.random_offset else 0
-        return self.block(index, offset)
+        if not self.random_offset:
+            return self.block(index)
+        return self.block(index, int(torch.randint(self.info.cfg.n_frames, ())))
 
     def block(self, index: int, offset: int = 0) -> dict[str, Any]:
-        """Block `index` (in the recordings' order) begun `offset` frames late, or as late as its recording allows."""
+        """Block `index` begun `offset` frames late, or as late as its recording allows.
+        """
         stored = self.codes(index, offset)
-        values = {key: torch.from_numpy(stored[key].T.astype(np.float32) / 255)[None] for key in ("spec", "prev")}
+        values = {key: torch.from_numpy(stored[key].T.astype(np.float32) / 255)[None]
+                  for key in ("spec", "prev")}
         return stored | values
 
     def codes(self, index: int, offset: int = 0) -> dict[str, Any]:
-        """The same block as it is stored: {"spec": `[W, F]` uint8, "prev": `[W, F]` uint8, "has_prev": bool}."""
+        """The same block as it is stored.
+
+        {"spec": `[W, F]` uint8, "prev": `[W, F]` uint8, "has_prev": bool}
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         which, start = self._grid.place(index, offset)
         width = self._grid.width
         has_prev = start >= width
         frames = slice(start - width if has_prev else start, start + width)
-        codes = self._loaded[which][frames] if self._loaded else self._frames.read(which, frames)
+        if self._loaded:
+            codes = self._loaded[which][frames]
+        else:
+            codes = self._frames.read(which, frames)
         prev = codes[:width] if has_prev else np.zeros_like(codes)
         return {"spec": codes[-width:], "prev": prev, "has_prev": has_prev}

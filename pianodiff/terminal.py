@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 # %% ../nbs/18_terminal.ipynb #ter00006
 def progress_bar(**settings: Any) -> tqdm:
-    """tqdm's bar, which moves ten times a second on a terminal, once in ten seconds in a log."""
+    """tqdm's bar: ten times a second on a terminal, once in ten seconds in a log."""
     return tqdm(mininterval=0.1 if sys.stderr.isatty() else 10, **settings)
 
 # %% ../nbs/18_terminal.ipynb #137d9d07
 def _wav_header(rate: int) -> bytes:
-    """The 44 bytes before 16-bit mono samples of a WAV stream, whose length is left open."""
+    """The 44 bytes before the 16-bit mono samples of a WAV stream of open length."""
     riff = struct.pack("<4sI4s", b"RIFF", 2**32 - 1, b"WAVE")
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
     return riff + form + struct.pack("<4sI", b"data", 2**32 - 1)
@@ -40,9 +40,10 @@ def _wav_header(rate: int) -> bytes:
 
 @contextmanager
 def wav_pipe(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
-    """Takes pieces of sound `[t]` for standard output, as a WAV stream of 16 bit at `rate` Hz.
+    """Takes pieces of sound `[t]` for a 16-bit WAV stream on standard output.
 
-    Raises SystemExit, with code 141, where the reader has closed the pipe, and OSError where it can't be written.
+    Raises SystemExit, with code 141, where the reader has closed the pipe, and OSError
+    where it can't be written.
     """
     import soundfile
 
@@ -52,7 +53,8 @@ def wav_pipe(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
 
             def write(piece: "Tensor") -> None:
                 data = io.BytesIO()
-                soundfile.write(data, piece.clamp(-1, 1).numpy(), rate, "PCM_16", "LITTLE", "RAW")
+                soundfile.write(data, piece.clamp(-1, 1).numpy(), rate, "PCM_16",
+                                "LITTLE", "RAW")
                 pipe.write(data.getvalue())
                 pipe.flush()
 
@@ -62,23 +64,27 @@ def wav_pipe(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
     except OSError as error:
         if error.filename or not error.errno:
             raise  # it is about something else
-        raise OSError(f"standard output can't be written ({error.strerror}); give the name of a file") from error
+        raise OSError(f"standard output can't be written ({error.strerror}); give the "
+                      "name of a file") from error
 
 # %% ../nbs/18_terminal.ipynb #da7d6c91
 def _device(rate: int) -> Any:
-    """A stream of samples to the speakers; OSError with the remedy where there are none."""
+    """A stream of samples to the speakers; OSError with the remedy without them."""
     try:
         import sounddevice
 
         return sounddevice.OutputStream(rate, channels=1, dtype="float32")
-    except Exception as error:  # PortAudio's have no class of their own unless it is there
-        raise OSError(f"--play can't reach a sound device ({error}); pip install 'pianodiff[play]', or pipe the sound: "
+    except Exception as error:  # without PortAudio, its errors have no class
+        raise OSError(f"--play can't reach a sound device ({error}); pip install "
+                      "'pianodiff[play]', or pipe the sound: "
                       "pianodiff generate --out - | aplay") from error
 
 
 @contextmanager
 def speakers(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
-    """Takes pieces of sound `[t]` and plays them in another thread; ends when all are played, at Ctrl-C in 0.1 s.
+    """Takes pieces of sound `[t]` and plays them in another thread.
+
+    It ends when all are played, and after Ctrl-C in 0.1 s.
 
     Raises OSError where there is no device, or it fails.
     """
@@ -101,16 +107,21 @@ def speakers(rate: int) -> Iterator[Callable[["Tensor"], Any]]:
             while waiting:
                 waiting.popleft().result()
         except sounddevice.PortAudioError as error:
-            raise OSError(f"the sound device failed ({error}); pipe the sound: --out - | aplay") from error
+            raise OSError(f"the sound device failed ({error}); "
+                          "pipe the sound: --out - | aplay") from error
         finally:
             silent.set()
 
 # %% ../nbs/18_terminal.ipynb #ter00010
-_STARTS = ExtensionFileLoader.create_module.__code__, ExtensionFileLoader.exec_module.__code__  # of a compiled module
+_STARTS = (ExtensionFileLoader.create_module.__code__,  # of a compiled module
+           ExtensionFileLoader.exec_module.__code__)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, as Ctrl-C does; but only after a compiled module's start: Cython's would swallow it."""
+    """Raise KeyboardInterrupt, as Ctrl-C does.
+
+    Where a compiled module starts it waits, since Cython's would swallow it.
+    """
     if any(inside.f_code in _STARTS for inside, _ in traceback.walk_stack(frame)):
         threading.Timer(0.05, _thread.interrupt_main, [number]).start()
     else:
@@ -119,11 +130,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP act as Ctrl-C does, in the main thread, unless they are handled or ignored (by nohup)."""
+    """Lets SIGTERM and SIGHUP act as Ctrl-C does, in the main thread.
+
+    Signals that are handled, or ignored (by nohup), stay as they are.
+    """
     main_thread = threading.current_thread() is threading.main_thread()
-    numbers = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}  # Windows: no SIGHUP
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not on Windows
+    numbers = {getattr(signal, name, signal.SIGINT) for name in names}
     before = {number: signal.getsignal(number) for number in numbers if main_thread}
-    ours = [number for number in before if before[number] in (signal.SIG_DFL, signal.default_int_handler)]
+    usual = signal.SIG_DFL, signal.default_int_handler
+    ours = [number for number in before if before[number] in usual]
     for number in ours:
         signal.signal(number, _interrupt)
     try:
@@ -135,7 +151,10 @@ def interruptible() -> Iterator[None]:
 # %% ../nbs/18_terminal.ipynb #ter00013
 @contextmanager
 def printed() -> Iterator[None]:
-    """Sends what is printed on its way; where the reader has closed the pipe, it ends by SystemExit, with code 141."""
+    """Sends what is printed on its way.
+
+    Raises SystemExit, with code 141, where the reader has closed the pipe.
+    """
     try:
         yield
     except BrokenPipeError:
@@ -145,7 +164,8 @@ def printed() -> Iterator[None]:
             if sys.stdout:
                 sys.stdout.flush()
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its end
+            # Python flushes again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, BrokenPipeError):
                 sys.exit(141)
             raise

@@ -8,7 +8,6 @@ __all__ = ['AUDIO_FORMATS', 'MP3_RATES', 'SPECTROGRAMS', 'load_audio', 'rate_of'
 # %% ../nbs/02_audio.ipynb #07ac2551
 import base64
 import contextlib
-import functools
 import io
 import math
 import os
@@ -22,36 +21,12 @@ import soxr
 import torch
 from torch import Tensor
 
-from .files import whole_file
+from .files import check_complete, whole_file
 
 # %% ../nbs/02_audio.ipynb #2647902e
 def _check_finite(wave: Tensor, name: str = "the wave") -> None:
     if not torch.isfinite(wave).all():
         raise ValueError(f"{name} holds NaN or infinite values; repair it first")
-
-
-def _ends(data: bytes) -> Iterator[int]:
-    """Where the chunks of a WAV or AIFF file, up to that of the samples, and the last page of an OGG stream end."""
-    at, size_of = 0, functools.partial(int.from_bytes, byteorder="little" if data[:4] == b"RIFF" else "big")
-    while data[:4] in (b"RIFF", b"FORM") and at + 8 <= len(data):
-        yield (end := at + 8 + size_of(data[at + 4 : at + 8]))
-        if data[at : at + 4] in (b"data", b"SSND"):
-            break
-        at = end + end % 2 if at else 12  # the first chunk is the file, which holds the others
-    if data[:4] == b"OggS":
-        at = data.rfind(b"OggS\0")
-        header = data[at : at + 27] + bytes(27)  # it may be cut off
-        body = at + 27 + header[26]
-        yield body + sum(data[at + 27 : body])
-        if not header[5] & 4:  # another page follows
-            yield len(data) + 27
-
-
-def _check_complete(data: bytes, name: str) -> None:
-    """Raise ValueError if a file promises more bytes than there are: libsndfile reads on and says nothing."""
-    for end in _ends(data):
-        if len(data) + 1 < end < 0x7FFF0000:  # larger sizes are written to pipes, when they are not yet known
-            raise ValueError(f"{name} is truncated: {len(data):,} of at least {end:,} bytes; copy or record it again")
 
 
 def load_audio(path: str | os.PathLike[str] | io.BytesIO, sample_rate: int = 8000) -> Tensor:
@@ -70,7 +45,7 @@ def load_audio(path: str | os.PathLike[str] | io.BytesIO, sample_rate: int = 800
         if not Path(path).is_file():
             raise FileNotFoundError(f"{name} is not a file; give the path of a sound file")
         data = Path(path).read_bytes()
-    _check_complete(data, name)
+    check_complete(data, name)
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, frames = file.samplerate, file.frames

@@ -4,11 +4,9 @@ import base64
 import copy
 import heapq
 import io
-import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import librosa
@@ -40,7 +38,6 @@ from pianodiff.audio import (
     to_spectrogram,
     to_wave,
 )
-from pianodiff.files import whole_file, write_whole
 from pianodiff.show import player
 from pianodiff.synth import example_performance
 
@@ -308,21 +305,6 @@ for path in sys.argv[1:]:
     assert not list(tmp_path.iterdir())
 
 
-def test_errors_name_the_file_and_not_its_part(tmp_path):
-    def told(number, *name):
-        with pytest.raises(OSError) as error, whole_file(tmp_path / "x"):
-            raise OSError(number, "why", *name)
-        return error.value
-
-    full = told(28)
-    assert full.errno == 28 and full.strerror == f"{tmp_path / 'x'} can't be written (why); choose another place"
-    assert told(2, "prompt").filename == "prompt"  # it is about something else
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError, match="folder can't be written") as error:
-        write_whole(tmp_path / "folder", b"data")
-    assert ".part" not in str(error.value)
-
-
 @pytest.mark.parametrize("ending", AUDIO_FORMATS)
 def test_long_sounds_and_pieces(tmp_path, ending):
     """libsndfile's Vorbis lays the first write on the stack: of more than 2**21 samples it crashed."""
@@ -339,47 +321,6 @@ def test_without_pieces_there_is_no_file(tmp_path):
     with sound_file(tmp_path / "x.wav", 8000):
         pass
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_is_whole_whoever_else_writes_it(tmp_path):
-    """Many writers at once: each time somebody's whole file is there, and no part of one is left."""
-    contents = [bytes([i]) * 300_000 for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in pool.map(lambda data: write_whole(tmp_path / "x", data), 10 * contents):
-            assert (tmp_path / "x").read_bytes() in contents
-    assert [file.name for file in tmp_path.iterdir()] == ["x"]
-
-
-@pytest.mark.parametrize("old", [None, b"old"])
-def test_a_writer_that_fails_changes_nothing(tmp_path, old):
-    path = tmp_path / "x"
-    if old:
-        path.write_bytes(old)
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
-        part.write_bytes(b"half")
-        raise KeyboardInterrupt
-    with whole_file(path):
-        pass  # no part is written
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [old] * bool(old)
-
-
-def test_parts_lie_beside_the_file_and_have_names_of_their_own(tmp_path):
-    with whole_file(tmp_path / "x") as one, whole_file(tmp_path / "x") as two:
-        assert one.parent == two.parent == tmp_path and one != two
-        one.write_bytes(b"one")
-        two.write_bytes(b"two")
-    assert (tmp_path / "x").read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1  # the last to end
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_a_file_has_the_permissions_of_the_umask(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        write_whole(tmp_path / ("x" * 250), b"data")  # a name almost as long as may be
-    finally:
-        os.umask(before)
-    if os.name == "posix":
-        assert (tmp_path / ("x" * 250)).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_folder_that_cannot_be_written():

@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import itertools
 import os
 import pickle
 import resource
@@ -25,7 +24,6 @@ from torch.utils.data import DataLoader
 
 from pianodiff.audio import SpectrogramConfig, load_audio, normalize_peak, save_audio, to_spectrogram
 from pianodiff.data import BlockDataset, _collect, _prepare_one, _run, open_store, prepare
-from pianodiff.files import ahead
 from pianodiff.recordings import SPLITS, Recording, find_recordings
 
 BLOCKS = {"train": 3 + 5, "validation": 3, "test": 2}
@@ -719,43 +717,3 @@ def test_in_memory_in_workers_and_pickled(store, mine):
             batches = list(DataLoader(other, batch_size=4, num_workers=workers))
             assert torch.equal(torch.cat([batch["spec"] for batch in batches]), expected)
             assert torch.cat([batch["has_prev"] for batch in batches]).tolist() == [i not in (0, 3) for i in range(8)]
-
-
-# Ahead of use
-
-def test_ahead_keeps_the_order_and_fails_in_place():
-    taken: list[int] = []
-
-    def items():
-        for n in itertools.count():
-            taken.append(n)
-            yield n
-
-    def work(n: int) -> int:
-        if n == 3:
-            raise ValueError("item 3")
-        time.sleep(0.02 * max(0, 3 - n))    # the first take longest
-        return n
-
-    results = ahead(work, items(), workers=2)
-    assert [next(results) for _ in range(3)] == [0, 1, 2] and taken == list(range(3 + 4))
-    with pytest.raises(ValueError, match="item 3"):
-        next(results)
-    assert list(results) == [] and len(taken) == 8
-
-
-def test_who_stops_early_waits_for_nothing():
-    begun, ended, gate, before = [], [], threading.Event(), set(threading.enumerate())
-
-    def work(n: int) -> None:
-        begun.append(n)
-        ended.append(n == 0 or gate.wait(600))
-
-    results = ahead(work, range(100), workers=1)
-    next(results)
-    results.close()
-    assert ended == [True]    # had it waited, for the gate that nobody opened, there would be a False
-    gate.set()
-    for thread in set(threading.enumerate()) - before:
-        thread.join(600)
-    assert begun in ([0], [0, 1])

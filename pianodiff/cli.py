@@ -388,8 +388,8 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
         soundfont: a piano for MIDI files without a recording
     """
     _check_output(out, (".html",))
+    from pianodiff.distance import farther
     from pianodiff.evaluate import evaluate as evaluate_music
-    from pianodiff.evaluate import farther
 
     results = evaluate_music(generated, reference, out, pieces=pieces, seconds=seconds, steps=steps, sampler=sampler,
                              training=training, transpose=transpose, embeddings=embeddings, splits=splits,

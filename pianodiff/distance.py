@@ -3,30 +3,35 @@
 # %% auto #0
 __all__ = ['Moments', 'frechet_distance', 'Extrapolation', 'frechet_infinity', 'median_distance', 'kernel_distance_to',
            'kernel_distance', 'interval', 'Embedding', 'LogMel', 'vggish_examples', 'VGGish', 'Encoder',
-           'load_embedding', 'embed']
+           'load_embedding', 'embed', 'distances', 'floors', 'farther', 'ranks_rightly', 'plot_distances',
+           'plot_floors', 'distance_section']
 
 # %% ../nbs/09a_distance.ipynb #60a76642
 import hashlib
 import json
 import math
 import os
+import re
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import linear_regression
+from statistics import linear_regression, median
 from typing import Any, Protocol
 
+import numpy as np
 import soxr
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .audio import SpectrogramConfig, to_spectrogram
-from .files import write_whole
+from .files import in_order, load_tensors, save_tensors, write_whole
+from .pieces import Comparison, Pieces, Row, Section, by_decades, in_style, new_axes
 
 # %% ../nbs/09a_distance.ipynb #50d7c455
 def _check_points(x: Tensor) -> Tensor:
@@ -470,7 +475,10 @@ def load_embedding(name: str, device: str | None = None) -> Embedding:
 
 # %% ../nbs/09a_distance.ipynb #aeee1e9e
 def _claim(folder: Path, name: str) -> None:
-    """Make `folder` a cache of the embedding `name` if it is new; ValueError where it is anything else."""
+    """Make `folder` a cache of the embedding `name` if it is new.
+
+    ValueError where it is anything else.
+    """
     record = folder / "embedding.json"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name another for the cache")
@@ -478,53 +486,217 @@ def _claim(folder: Path, name: str) -> None:
         try:
             found = json.loads(record.read_text())["embedding"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{record} can't be read; delete the folder, and it will be made anew") from error
+            raise ValueError(f"{record} can't be read; delete the folder, and it will be "
+                             "made anew") from error
         if found != name:
-            raise ValueError(f"the cache {folder} holds points by {found}, not by {name}; name another folder")
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(f"{folder} holds other things than a cache of embeddings; name a new folder")
+            raise ValueError(f"the cache {folder} holds points by {found}, not by {name}; "
+                             "name another folder")
+    elif folder.is_dir() and any(not path.name.startswith(".")
+                                 for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds other things than a cache of embeddings; "
+                         "name a new folder")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(record, (json.dumps({"embedding": name}) + "\n").encode())
 
 
-def _open_cache(folder: Path, name: str) -> dict[str, Tensor]:
-    """All points in `folder`, by their clips' hashes; it is made if new. ValueError where it can't be used."""
+def _kept_points(folder: Path, name: str) -> dict[str, Tensor]:
+    """All points in `folder`, by their clips' hashes. It is made if new.
+
+    A damaged file is passed over. ValueError where the folder can't be used.
+    """
     _claim(folder, name)
     known: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        try:
-            known |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged; delete it, and its clips will be embedded again") from error
+        known |= load_tensors(path) or {}
     return known
 
 # %% ../nbs/09a_distance.ipynb #a31fb7f0
-def embed(embedding: Embedding, waves: Tensor, sample_rate: int, *, cache: str | os.PathLike[str] | None = None,
-          batch_size: int = 64, progress: bool = False) -> Tensor:
-    """Points `[N, D]` float32 of the clips `waves` `[N, T]` at `sample_rate` Hz, `batch_size` clips at a time.
+def embed(embedding: Embedding, waves: Tensor, sample_rate: int, *,
+          cache: str | os.PathLike[str] | None = None, batch_size: int = 64,
+          progress: bool = False) -> Tensor:
+    """Points `[N, D]` float32 of the clips `waves` `[N, T]` at `sample_rate` Hz.
 
-    With a `cache` folder no clip is computed twice, in this run or another; a killed run loses one batch at most.
-    Clips that are the same are computed once. Raises ValueError for clips that are empty or not finite, for points that
-    are, and for a cache that is damaged, no cache, or another embedding's.
+    Clips are embedded `batch_size` at a time, equal ones once. With a `cache` folder
+    no clip is embedded twice, in this run or another; a killed run loses one batch at
+    most. Raises ValueError for clips that are empty or not finite, for such points, and
+    for a folder that is no cache or another embedding's.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give 1 or more")
     waves = _at_rate(waves, sample_rate, sample_rate)  # checked, not resampled
-    keys = [_digest(str(sample_rate).encode(), wave.tobytes()) for wave in waves.contiguous().numpy()]
-    known = _open_cache(Path(cache), embedding.name) if cache is not None else {}
+    keys = [_digest(str(sample_rate).encode(), wave.tobytes())
+            for wave in waves.contiguous().numpy()]
+    known = {} if cache is None else _kept_points(Path(cache), embedding.name)
     todo = list({key: i for i, key in enumerate(keys) if key not in known}.items())
-    with tqdm(total=len(keys), initial=len(keys) - len(todo), desc=embedding.name, unit="clip",
-              disable=not progress) as bar:
+    with tqdm(total=len(keys), initial=len(keys) - len(todo), desc=embedding.name,
+              unit="clip", disable=not progress) as bar:
         for start in range(0, len(todo), batch_size):
-            batch_keys, rows = zip(*todo[start : start + batch_size], strict=True)
-            points = embedding(waves[list(rows)], sample_rate).float().cpu()
-            if points.ndim != 2 or len(points) != len(rows) or not points.isfinite().all():
-                raise ValueError(f"{embedding.name} gave {list(points.shape)} for {len(rows)} clips, "
-                                 "or values that are not finite")
-            new = {key: point.clone() for key, point in zip(batch_keys, points, strict=True)}
+            batch, rows = zip(*todo[start : start + batch_size], strict=True)
+            points = _points(embedding, waves[list(rows)], sample_rate)
+            new = dict(zip(batch, points, strict=True))
             if cache is not None:
-                write_whole(Path(cache) / f"{_digest(*map(str.encode, batch_keys))}.safetensors", save(new))
+                name = _digest(*map(str.encode, batch))
+                save_tensors(Path(cache) / f"{name}.safetensors", new)
             known |= new
             bar.update(len(rows))
     return torch.stack([known[key] for key in keys])
+
+
+def _points(embedding: Embedding, waves: Tensor, sample_rate: int) -> list[Tensor]:
+    """The points of some clips; ValueError unless they are one a clip and finite."""
+    points = embedding(waves, sample_rate).float().cpu()
+    if points.ndim != 2 or len(points) != len(waves) or not points.isfinite().all():
+        raise ValueError(f"{embedding.name} gave {list(points.shape)} for {len(waves)} "
+                         "clips, or values that are not finite")
+    return [point.clone() for point in points]
+
+# %% ../nbs/09a_distance.ipynb #1efd3350
+def distances(rows: dict[str, Row], reference: Pieces, embedding: Embedding, *,
+              cache: Path | None = None, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """How far each row is from the reference, to one embedding.
+
+    For each row `frechet` (Eq. (37)) and `kernel` (Eq. (mmd)) with their 95 % intervals
+    over pieces, and `frechet_infinity`. With fewer than 4 pieces the intervals are over
+    clips, and too narrow.
+    """
+    rate = reference.cfg.sample_rate
+    y = embed(embedding, reference.clips, rate, cache=cache, progress=True)
+    moments = Moments.of(y)
+    measures = {"frechet": lambda x: frechet_distance(Moments.of(x), moments),
+                "kernel": kernel_distance_to(y)}
+    points = {name: embed(embedding, row.clips, rate, cache=cache)
+              for name, row in rows.items()}
+
+    def measured(name: str) -> dict[str, Any]:
+        x = points[name]
+        pieces = len(rows[name].pieces.unique())
+        groups = rows[name].pieces if pieces >= 4 else None
+        extrapolated = frechet_infinity(x, moments, seed=seed).value
+        found: dict[str, Any] = {"clips": len(x), "pieces": pieces,
+                                 "frechet_infinity": extrapolated}
+        for measure, distance in measures.items():
+            bounds = interval(distance, x, groups=groups, seed=seed)
+            found |= {measure: distance(x), f"{measure}_interval": bounds}
+        return found
+
+    label = f"distances ({embedding.name})"
+    tables = tqdm(in_order(measured, rows), label, len(rows))
+    return dict(zip(rows, tables, strict=True))
+
+# %% ../nbs/09a_distance.ipynb #86d06ff2
+def floors(real: Pieces, made: Tensor, embedding: Embedding, *, count: int = 20,
+           cache: Path | None = None, seed: int = 0) -> dict[str, list[float]]:
+    """The Fréchet distances of N other `real` blocks, and of `made` `[N, T]`, from the
+    reference of each split.
+
+    `count` splits by `Pieces.split`, of the seeds from `seed` on. A split with too few
+    blocks is left out.
+    """
+    rate = real.cfg.sample_rate
+    parts = embed(embedding, real.clips, rate, cache=cache).split(real.sizes)
+    points = dict(zip((piece.name for piece in real), parts, strict=True))
+    model = Moments.of(embed(embedding, made, rate, cache=cache))
+
+    def moments(side: Pieces) -> Moments:
+        known = [points[piece.name][:size]
+                 for piece, size in zip(side, side.sizes, strict=True)]
+        return Moments.of(torch.cat(known))
+
+    found: dict[str, list[float]] = {"real": [], "model": []}
+    for s in tqdm(range(seed, seed + count), f"splits ({embedding.name})"):
+        try:
+            reference, others = map(moments, real.split(len(made), s))
+        except ValueError:
+            continue
+        found["real"].append(frechet_distance(others, reference))
+        found["model"].append(frechet_distance(model, reference))
+    return found
+
+
+def farther(floors: dict[str, list[float]]) -> int:
+    """The number of splits in which the model is farther off than other real music."""
+    pairs = zip(floors["real"], floors["model"], strict=True)
+    return sum(model > real for real, model in pairs)
+
+# %% ../nbs/09a_distance.ipynb #0a0c7d13
+def ranks_rightly(table: dict[str, dict[str, Any]],
+                  floors: dict[str, list[float]]) -> bool:
+    """Whether floor <= ceiling < model < noise. Otherwise a measure can't be trusted.
+
+    Floor and model are compared by their medians over splits, model and noise in the
+    table. Floor and ceiling tie if each lies in the other's interval, since phase
+    retrieval may cost less than chance does.
+    """
+    floor, ceiling = table["real"], table["retrieved"]
+    tie = all(a["frechet_interval"][0] <= b["frechet_infinity"] <= a["frechet_interval"][1]
+              for a, b in ((floor, ceiling), (ceiling, floor)))
+    return bool((tie or floor["frechet"] < ceiling["frechet"])
+                and median(floors["real"]) < median(floors["model"])
+                and table["model"]["frechet"] < table["noise"]["frechet"])
+
+# %% ../nbs/09a_distance.ipynb #0a0c7d14
+@in_style
+def plot_distances(tables: dict[str, dict[str, dict[str, Any]]]) -> Figure:
+    """Extrapolated Fréchet distance of each row with its interval, by embedding."""
+    figure, axes = new_axes(len(tables), height=0.7 + 1.5 * len(tables))
+    for ax, (name, table) in zip(axes[:, 0], tables.items(), strict=True):
+        for y, row in enumerate(table.values()):
+            ax.plot(row["frechet_interval"], [y, y], "C0")
+            ax.plot(row["frechet_infinity"], y, "oC0")
+        ax.set(yticks=range(len(table)), yticklabels=list(table), xscale="log",
+               xlabel=f"Fréchet distance for N → ∞ ({name})")
+        ax.invert_yaxis()
+        by_decades(ax.xaxis)
+    return figure
+
+
+@in_style
+def plot_floors(tables: dict[str, dict[str, list[float]]]) -> Figure:
+    """The splits of `floors` by embedding, from the lowest floor to the highest."""
+    labels = {"real": "other real music", "model": "model"}
+    figure, axes = new_axes(1, len(tables))
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        order = np.argsort(table["real"])
+        for row, marks in (("real", "o-C0"), ("model", "sC1")):
+            ax.plot(np.array(table[row])[order], marks, ms=4, label=labels[row])
+        ax.set(xticks=[], xlabel=f"random splits by title ({name})",
+               ylabel="Fréchet distance", yscale="log")
+        by_decades(ax.yaxis)
+        ax.legend()
+    return figure
+
+# %% ../nbs/09a_distance.ipynb #0a0c7d15
+@contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """A list that holds the warnings at the end, those that differ in numbers once.
+
+    They are then printed to standard error.
+    """
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    messages = [str(warning.message) for warning in caught]
+    texts += {re.sub(r"\d+", "", message): message for message in messages}.values()
+    for text in texts:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def distance_section(comparison: Comparison, embeddings: Sequence[Embedding],
+                     cache: Path) -> Section:
+    """The distances of all rows and the floors, by embedding; `cache` keeps the points."""
+    rows = comparison.rows
+    tables, splits = {}, {}
+    with _collected_warnings() as texts:
+        for embedding in embeddings:
+            name = embedding.name
+            kept: dict[str, Any] = {"cache": cache / name, "seed": comparison.seed}
+            tables[name] = distances(rows, comparison.reference, embedding, **kept)
+            splits[name] = floors(comparison.real, rows["model"].clips, embedding, **kept)
+    ordered = {name: ranks_rightly(table, splits[name]) for name, table in tables.items()}
+    results = {"warnings": texts, "distances": tables, "floors": splits,
+               "in_order": ordered}
+    sounds = [(name, row.clips[:4].flatten()) for name, row in rows.items()]
+    return Section(results, {"distances": plot_distances(tables),
+                             "floors": plot_floors(splits)}, {"distances": sounds})

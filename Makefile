@@ -1,4 +1,4 @@
-# make piano · make test · make book · make bench · make chapters · make clean
+# make piano · make test · make test-all · make book · make bench · make chapters · make clean
 # Each sets up what it needs, in .venv. Another interpreter: make piano PYTHON=python3.12
 
 PYTHON ?= python3
@@ -7,9 +7,10 @@ CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 START  := $(shell date +%s)
 PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 since   = $$(( $$(date +%s) - $(1) )) s
 
-.PHONY: help piano test book bench chapters clean
+.PHONY: help piano test test-long test-all book bench chapters clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,8 +21,15 @@ piano: $(VENV)/.installed
 	$(BIN)/pianodiff generate --seconds 20 --seed 7 --out piano.wav --image piano.png && \
 	echo "piano.wav and piano.png: 20 s of music in $(call since,$$begin), $(call since,$(START)) with the installation"
 
+# Ten minutes on two cores; `make test-long` runs what it leaves out, and `make test-all` both.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not long"
+
+test-long: $(VENV)/.installed-dev
+	$(PYTEST) -m long
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST)
 
 # Nothing is executed: the chapters' outputs are committed, and `make chapters` renews them.
 book: $(VENV)/.installed-dev

@@ -9,9 +9,11 @@ reference is MIDI, the ruler of notes.py tells how much of the sound is not made
 Controls are other real music, the same through phase retrieval, and white noise at its level.
 
 First sigma_max, the noise that sampling starts from. A block's loudness is an average over all its pixels, which
-survives much noise; so the levels of blocks are compared here, as they come. The rule: the lowest sigma_max at which
-the median and the spread (10 to 90 %) of the level lie within the highest's 95 % interval, and no distance is more
-than five per cent above that at the lowest.
+survives much noise; so the levels of many short pieces are compared here, as they come. The rule: the lowest sigma_max
+whose blocks are surely as loud, and as unlike in loudness, as those from the highest, with no distance more than five
+per cent above that at the lowest. Surely means that the 95 % interval of the difference, over pieces of equal seeds,
+lies within half a decibel for the median, and within one for the spread (10 to 90 %): less than an ear would tell. (The
+interval of one setting alone is far wider than what the start changes.)
 
 Then the steps, and rho, by which they are spread. From here on all is compared at one level: a gain for each setting
 brings the median level of its clips to the reference's. Coarse steps make louder music, and a model that plays too
@@ -57,6 +59,7 @@ from pianodiff.music import compare_statistics, measure
 from pianodiff.pieces import Pieces, make_pieces, noise_like, read_pieces, retrieved
 
 SIGMA_MAX = 80.0, 150.0, 250.0, 400.0, 600.0
+TOLERANCE = {"level": 0.5, "spread": 1.0}  # dB
 STARTING = "dpmpp_2m", 20, 7.0  # what these are compared with
 LADDER = [*(("heun", n, 7.0) for n in (3, 5, 9, 18, 40)), *(("dpmpp_2m", n, 7.0) for n in (9, 12, 15, 20, 25, 35)),
           *(("dpmpp_2m", n, 12.0) for n in (12, 15, 20, 25)), *(("dpmpp_2m", n, 30.0) for n in (15, 20, 25))]
@@ -99,22 +102,25 @@ def spread_of(levels: Tensor) -> float:
     return float(high - low)
 
 
-def loudness(clips: Tensor, pieces: int, seed: int) -> dict[str, Any]:
-    """Median and spread of the blocks' level in dBFS, with intervals over the pieces."""
-    levels = levels_of(clips).reshape(pieces, -1)
-    return {"level": float(levels.median()), "level_interval": interval(lambda x: float(x.median()), levels, seed=seed),
-            "spread": spread_of(levels), "spread_interval": interval(spread_of, levels, seed=seed)}
+def loudness(levels: Tensor, highest: Tensor, seed: int) -> dict[str, Any]:
+    """Median and spread of levels `[P, K]` of P pieces, and the intervals of their differences from the highest's."""
+    pair, row = torch.stack([levels, highest], 1), {}
+    for name, summary in (("level", lambda x: float(x.median())), ("spread", spread_of)):
+        def difference(pair: Tensor, summary: Any = summary) -> float:
+            return summary(pair[:, 0]) - summary(pair[:, 1])
+
+        row |= {name: summary(levels), f"{name}_difference_interval": interval(difference, pair, seed=seed)}
+    return row
 
 
 def lowest_start(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of settings that differ in sigma_max alone, in rising order, the one that the first rule chooses."""
-    first, last = rows[0], rows[-1]
-
     def keeps(row: dict[str, Any]) -> bool:
-        near = all(low <= row[name] <= high for name in ("level", "spread") for low, high in [last[f"{name}_interval"]])
-        return near and all(row[name] <= LIMIT * first[name] for name in ("frechet", "kernel"))
+        near = all(-most <= end <= most
+                   for name, most in TOLERANCE.items() for end in row[f"{name}_difference_interval"])
+        return (near and all(row[name] <= LIMIT * rows[0][name] for name in ("frechet", "kernel")))
 
-    return next(filter(keeps, rows), last)
+    return next(filter(keeps, rows), rows[-1])
 
 
 def distance_ratios(points: Tensor, baseline: Tensor, reference: Tensor, seed: int) -> dict[str, Any]:
@@ -259,10 +265,10 @@ class Bench:
             row |= note_ratios(*(self.notes_of([piece.wave for piece in some]) for some in (made, baseline)), self.seed)
         return row
 
-    def start(self, sigma_max: float) -> dict[str, Any]:
-        """The levels of blocks that are sampled from there, and their distances."""
-        clips = self.make(*STARTING, sigma_max=sigma_max).clips
-        return {"sigma_max": sigma_max, **self.quality(clips), **loudness(clips, self.pieces, self.seed)}
+    def starts(self, pieces: int) -> list[dict[str, Any]]:
+        """From each sigma_max, so many pieces of two blocks: their levels, and their distances."""
+        made = {sigma_max: self.make(*STARTING, sigma_max=sigma_max, pieces=pieces,
+                                     seconds=2 * self.cfg.block_seconds).clips for sigma_max in SIGMA_MAX}
 
     def controls(self) -> dict[str, dict[str, Any]]:
         """Other real music, the same through phase retrieval, and noise at its level."""
@@ -289,7 +295,7 @@ def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano
     Args:
         reference: a data set, or a folder of music, as `pianodiff evaluate` takes it.
         model: a shipped name, or a model's folder.
-        pieces: how many each setting makes; at least 4.
+        pieces: how many each setting makes, at least 4; three times as many short ones tell sigma_max.
         seconds: of each piece.
         splits: of the reference; none for a folder without splits.
         blocks: of real music that are read.
@@ -306,7 +312,7 @@ def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano
     bench = Bench(folder, cache, pieces, seconds, seed)
     bench.read(reference, splits, blocks, most, soundfont)
 
-    starts = [bench.start(sigma_max) for sigma_max in tqdm(SIGMA_MAX, "sigma_max")]
+    starts = bench.starts(3 * pieces)
     sigma_max = lowest_start(starts)["sigma_max"]
     settings = [bench.measured(*setting, sigma_max=sigma_max) for setting in tqdm(steps, "settings")]
     choice = cheapest(settings)

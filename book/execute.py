@@ -75,8 +75,19 @@ def skipped(source: str) -> bool:
     return directives.get("eval") == "false" or bool(directives.keys() & set(config["DEFAULT"]["tst_flags"].split()))
 
 
+# What a kernel does before its chapter: figures become pictures for the book
+BEGIN = f"""import sys; sys.path.insert(0, {str(ROOT / "book")!r})
+import picture; picture.install(get_ipython()); sys.path.pop(0); del picture, sys"""
+
+
 class Client(NotebookClient):
     """Executes what nbdev_test would."""
+
+    async def async_start_new_kernel_client(self, **kwargs: Any) -> Any:
+        client = await super().async_start_new_kernel_client(**kwargs)
+        reply = await client.execute_interactive(BEGIN, silent=True, output_hook=lambda message: None)
+        assert reply["content"]["status"] == "ok", reply["content"]
+        return client
 
     async def async_execute_cell(self, cell: Any, *args: Any, **kwargs: Any) -> Any:
         if cell.cell_type == "code" and skipped(cell.source):

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import NUM_STEPS, SAMPLER
-from .audio import SpectrogramConfig, to_flac
+from .audio import SpectrogramConfig, to_mp3
 from .data import find_recordings, open_store
 from .distance import distance_section, farther, load_embedding
 from .files import write_whole
@@ -120,7 +120,7 @@ def write_report(out: str | os.PathLike, results: dict[str, Any],
     for section in sections:
         pictures |= {name: _png(figure) for name, figure in section.figures.items()}
         for name, clips in section.sounds.items():
-            players[name] = [(label, _base64(to_flac(wave, cfg.sample_rate)))
+            players[name] = [(label, _base64(to_mp3(wave, cfg.sample_rate)))
                              for label, wave in clips]
     environment = Environment(loader=PackageLoader("pianodiff", "."), autoescape=True,
                               trim_blocks=True, lstrip_blocks=True)

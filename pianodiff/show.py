@@ -5,18 +5,21 @@ __all__ = ['plot_spectrogram', 'player', 'slider', 'Studio', 'studio']
 
 # %% ../nbs/11_show.ipynb #116e4601
 import base64
+import functools
 import io
 import math
+import re
 import threading
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import GUIDANCE, NUM_STEPS, SAMPLER
-from .audio import SpectrogramConfig, load_audio, to_flac, to_spectrogram
+from .audio import MP3_RATES, SpectrogramConfig, load_audio, to_flac, to_mp3, to_spectrogram
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -51,6 +54,11 @@ def _check_spectrogram(spec: Tensor, cfg: SpectrogramConfig) -> None:
         raise ValueError("the spectrogram holds NaN or infinite values")
 
 # %% ../nbs/11_show.ipynb #b0b69615
+def _data(kind: str, data: bytes) -> str:
+    """A file as the address of itself."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def _picture(spec: Tensor) -> str:
     """A spectrogram `[n_bins, frames]` in [0, 1] as a WebP picture of at most 256 rows and 1000 columns: a data URI."""
     import matplotlib  # here, since importing them takes a while
@@ -60,8 +68,8 @@ def _picture(spec: Tensor) -> str:
     pixels = torch.nn.functional.adaptive_max_pool2d(spec.detach().cpu().float()[None], (rows, columns))[0].flip(0)
     data = io.BytesIO()
     colours = matplotlib.colormaps["magma"](pixels.numpy(), bytes=True)[..., :3]
-    Image.fromarray(colours).save(data, "webp", quality=50, method=6)
-    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+    Image.fromarray(colours).save(data, "webp", quality=30, method=6)
+    return _data("image/webp", data.getvalue())
 
 
 def _spectrogram_of(wave: Tensor, sample_rate: int) -> Tensor:
@@ -79,135 +87,64 @@ def _ticks(end: float, most: int) -> list[float]:
     return [step * i for i in range(int(end / step + 1e-9) + 1)]
 
 # %% ../nbs/11_show.ipynb #b1e67ee0
-_STYLE = """<style>
-.piano { display: grid; grid-template: auto 150px 1.5rem auto / 3rem 1fr 1rem; max-width: 45rem; margin: 0 0 1rem;
-  padding: 0; color: inherit; font: inherit; text-align: start }
-.piano[hidden] { display: none }
-.piano figcaption { grid-area: 1 / 2 / 2 / 4; margin: 0 0 .3rem; padding: 0; color: inherit; font: inherit;
-  text-align: start }
-.piano img { grid-area: 2 / 2; width: 100%; height: 100%; margin: 0; padding: 0 !important; border-radius: 0 }
-.text_html:has([class^="piano"]) { background: none !important; color: inherit !important; padding: 0 !important }
-.piano span { position: relative; font: .75rem/1 sans-serif }
-.piano i { position: absolute; font-style: normal; white-space: nowrap }
-.piano span:first-of-type { grid-area: 2 / 1 }
-.piano span:first-of-type i { right: .4rem; transform: translateY(50%) }
-.piano span:last-of-type { grid-area: 3 / 2 }
-.piano span:last-of-type i { top: .4rem; transform: translateX(-50%) }
-.piano audio { grid-area: 4 / 1 / 5 / 4; width: 100%; max-width: none; height: 2.5rem }
-piano-head:defined { grid-area: 2 / 2; cursor: pointer; touch-action: pan-y;
-  background: linear-gradient(90deg, #000a, #fff 40% 60%, #000a) var(--at, 0) / 4px 100% no-repeat }
-piano-head:focus-visible { outline: 2px solid; outline-offset: 2px }
-</style>"""
-
-_SCRIPT = """<script>
-customElements.get("piano-head") || customElements.define("piano-head", class extends HTMLElement {
-  connectedCallback() {
-    const audio = this.closest("figure").querySelector("audio"), end = +this.getAttribute("seconds");
-    const calm = matchMedia("(prefers-reduced-motion: reduce)");
-    const show = () => {
-      cancelAnimationFrame(this.frame);
-      this.style.setProperty("--at", `${100 * audio.currentTime / end}%`);
-      if (!audio.paused && !calm.matches) this.frame = requestAnimationFrame(show);
-    };
-    const tell = () => {  // not while it plays, when a screen reader would talk into the music
-      show();
-      this.setAttribute("aria-valuenow", audio.currentTime.toFixed(1));
-      this.setAttribute("aria-valuetext", `${audio.currentTime.toFixed(1)} of ${end.toFixed(1)} seconds`);
-    };
-    const seek = time => audio.currentTime = Math.min(Math.max(time, 0), end);
-    const point = event => {
-      const box = this.getBoundingClientRect();
-      seek(end * (event.clientX - box.left) / box.width);
-    };
-    audio.onplay = () => {
-      for (const other of document.querySelectorAll(".piano audio")) if (other !== audio) other.pause();
-      show();
-    };
-    audio.ontimeupdate = show;
-    audio.onseeking = audio.onpause = this.onfocus = tell;
-    this.onclick = point;
-    this.onpointerdown = event => event.button || this.setPointerCapture(event.pointerId);
-    this.onpointermove = event => this.hasPointerCapture(event.pointerId) && point(event);
-    this.onkeydown = event => {
-      const now = audio.currentTime, step = end / 20, to = {ArrowLeft: now - step, ArrowDown: now - step,
-        ArrowRight: now + step, ArrowUp: now + step, Home: 0, End: end}[event.key];
-      if (event.ctrlKey || event.altKey || event.metaKey || to === undefined && event.key !== " ") return;
-      event.preventDefault();
-      if (event.key !== " ") seek(to);
-      else if (audio.paused) audio.play().catch(() => {});
-      else audio.pause();
-    };
-    for (const [name, value] of Object.entries({role: "slider", tabindex: 0, "aria-label": "place in the sound",
-      "aria-valuemin": 0, "aria-valuemax": end.toFixed(1)})) this.setAttribute(name, value);
-    tell();
-  }
-});
-</script>"""
+@functools.cache
+def _static(name: str) -> str:
+    """A file of the package's folder `static` as an element of a page, without its comments and indentation."""
+    text = (resources.files("pianodiff") / "static" / name).read_text()
+    text = re.sub(r"^//.*|/\*.*?\*/|^\s+", "", re.sub(r"^[ \t]+", "", text, flags=re.M), flags=re.M)
+    tag = "style" if name.endswith(".css") else "script"
+    return f"<{tag}>\n{text}</{tag}>"
 
 # %% ../nbs/11_show.ipynb #232b6755
-def _sound(wave: Tensor, sample_rate: int) -> str:
-    """The FLAC file of `wave` `[T]` as a data URI."""
-    return "data:audio/flac;base64," + base64.b64encode(to_flac(wave, sample_rate)).decode()
+def _sound(wave: Tensor, sample_rate: int, lossless: bool) -> str:
+    """The file of `wave` `[T]` for a page: MP3, or FLAC where it has to be lossless or MP3 lacks the rate."""
+    if lossless or sample_rate not in MP3_RATES:
+        return _data("audio/flac", to_flac(wave, sample_rate))
+    return _data("audio/mpeg", to_mp3(wave, sample_rate))
 
 
-def _figure(wave: Tensor, sample_rate: int, title: str | None, spec: Tensor | None = None) -> str:
+def _axis(side: str, end: float, most: int, unit: str) -> str:
+    """The labels along an axis from 0 to `end`, each placed at its percentage from the `side`."""
+    labels = [f'<i style="{side}:{100 * tick / end:.4g}%">{tick:g}</i>' for tick in _ticks(end, most)]
+    labels[-1] = labels[-1].replace("</i>", f" {unit}</i>")
+    return f'<span aria-hidden="true">{"".join(labels)}</span>'
+
+
+def _figure(wave: Tensor, sample_rate: int, title: str | None, lossless: bool, spec: Tensor | None = None) -> str:
     """A player without its style and script, under `spec` or the wave's own spectrogram."""
-    sound = _sound(wave, sample_rate)
+    sound = _sound(wave, sample_rate, lossless)
     wave = torch.as_tensor(wave).detach().cpu().float()
     spec = _spectrogram_of(wave, sample_rate) if spec is None else spec
-    seconds, top = len(wave) / sample_rate, sample_rate / 2000
-    rows = [f'<i style="bottom:{100 * tick / top:.4g}%">{tick:g}</i>' for tick in _ticks(top, 6)]
-    columns = [f'<i style="left:{100 * tick / seconds:.4g}%">{tick:g}</i>' for tick in _ticks(seconds, 7)]
-    rows[-1], columns[-1] = rows[-1].replace("</i>", " kHz</i>"), columns[-1].replace("</i>", " s</i>")
-    name = f"spectrogram: {escape(title)}" if title else "spectrogram of the sound"
-    caption = f"<figcaption>{escape(title)}</figcaption>" if title else ""
+    seconds, name = len(wave) / sample_rate, escape(title or "the sound")
+    caption = f"<figcaption>{name}</figcaption>" if title else ""
     return (f'<figure class="piano" data-lm-suppress-shortcuts="true">{caption}'  # keys are the player's, not Jupyter's
-            f'<img class="dark-light" alt="{name}" src="{_picture(spec)}">'  # the theme dims other pictures in the dark
-            f'<span aria-hidden="true">{"".join(rows)}</span><span aria-hidden="true">{"".join(columns)}</span>'
-            f'<audio controls src="{sound}"></audio>'
+            f'<img class="dark-light" alt="spectrogram: {name}" src="{_picture(spec)}">'  # its colours stay in the dark
+            f'{_axis("bottom", sample_rate / 2000, 6, "kHz")}{_axis("left", seconds, 7, "s")}'
+            f'<audio controls aria-label="{name}" src="{sound}"></audio>'
             f'<piano-head seconds="{seconds:.6g}"></piano-head></figure>')
 
 
-def player(wave: Tensor, sample_rate: int = 8000, *, title: str | None = None) -> "HTML":
+def player(wave: Tensor, sample_rate: int = 8000, *, title: str | None = None, lossless: bool = False) -> "HTML":
     """A player for `wave` `[T]` with its spectrogram, up to the Nyquist frequency, and a play-head that moves over it.
 
-    The sound is embedded as FLAC by `to_flac`, at its own level. It is one piece of HTML, which needs neither kernel
-    nor network. Raises ValueError for a wave that is empty, not one-dimensional or not finite.
+    The sound is embedded at its own level: as MP3, or as FLAC where `lossless` asks for it or MP3 lacks the rate. It is
+    one piece of HTML, which needs neither kernel nor network. Raises ValueError for a wave that is empty, not
+    one-dimensional or not finite.
     """
     from IPython.display import HTML  # here, since only notebooks have it
 
-    return HTML(_STYLE + _figure(wave, sample_rate, title) + _SCRIPT)
+    figure = _figure(wave, sample_rate, title, lossless)
+    return HTML("\n".join([_static("player.css"), figure, _static("player.js")]))
 
 # %% ../nbs/11_show.ipynb #d8f06038
-_SLIDER = """<style>
-.piano-slider :is(label, input) { display: block; width: 100%; max-width: 45rem; margin: 0 0 .5rem; padding: 0 }
-.piano-slider:not(:has(piano-slider:defined)) label { display: none }
-</style><script>
-customElements.get("piano-slider") || customElements.define("piano-slider", class extends HTMLElement {
-  connectedCallback() {
-    const all = this.parentElement, figures = [...all.querySelectorAll("figure")], input = all.querySelector("input");
-    let sound = null;
-    (input.oninput = () => {
-      const before = sound, playing = before && !before.paused, figure = figures[input.value];
-      for (const other of figures) other.hidden = other !== figure;
-      input.setAttribute("aria-valuetext", figure.querySelector("figcaption").textContent);
-      sound = figure.querySelector("audio");
-      if (!before || before === sound) return;
-      before.pause();
-      [sound.currentTime, sound.volume, sound.muted] = [before.currentTime, before.volume, before.muted];
-      if (playing) sound.play().catch(() => {});  // refused where the next change comes first
-    })();
-  }
-});
-</script>"""
-
-
-def slider(frames: Sequence[tuple[str, Tensor | None, Tensor]], cfg: SpectrogramConfig, *, label: str) -> "HTML":
+def slider(frames: Sequence[tuple[str, Tensor | None, Tensor]], cfg: SpectrogramConfig, *, label: str,
+           lossless: bool = False) -> "HTML":
     """A slider called `label` over players: each a name, a spectrogram `[n_bins, frames]` or None, and a wave `[T]`.
 
     One is seen at a time; a change keeps the place in the sound, and plays on if it played. Without a spectrogram the
-    wave's own is shown. It needs neither kernel nor network; where scripts are not run, all players are seen.
-    Raises ValueError where there is no frame, and naming it, for one that `plot_spectrogram` or `player` refuses.
+    wave's own is shown; the sound is embedded as `player` does. It needs neither kernel nor network; where scripts are
+    not run, all players are seen. Raises ValueError where there is no frame, and naming it, for one that
+    `plot_spectrogram` or `player` refuses.
     """
     from IPython.display import HTML
 
@@ -218,12 +155,14 @@ def slider(frames: Sequence[tuple[str, Tensor | None, Tensor]], cfg: Spectrogram
         try:
             if spec is not None:
                 _check_spectrogram(spec, cfg)
-            figures.append(_figure(wave, cfg.sample_rate, name, spec))
+            figures.append(_figure(wave, cfg.sample_rate, name, lossless, spec))
         except ValueError as error:
             raise ValueError(f"frame {name!r}: {error}") from error
     control = f'<input type="range" min="0" max="{len(frames) - 1}" value="0" autocomplete="off">'
-    return HTML("\n".join([_STYLE, '<div class="piano-slider">', f"<label>{escape(label)}{control}</label>", *figures,
-                           "<piano-slider></piano-slider></div>", _SCRIPT, _SLIDER]))
+    return HTML("\n".join([
+        _static("player.css"), _static("slider.css"), '<div class="piano-slider">',
+        f"<label>{escape(label)}{control}</label>", *figures, "<piano-slider></piano-slider></div>",
+        _static("player.js"), _static("slider.js")]))
 
 # %% ../nbs/11_show.ipynb #48b167e9
 _SAMPLERS = "dpmpp_2m", "dpmpp_3m_sde", "heun", "euler", "euler_ancestral"
@@ -287,7 +226,7 @@ class Studio:
                                   sampler=self.sampler.value, num_steps=self.steps.value,
                                   guidance=self.guidance.value, callback=self._report)
         wave, name = torch.cat([*sounds, new]), f"piano-{seed}.flac"
-        link = f'<p><a download="{name}" href="{_sound(wave, rate)}">Download {name}</a></p>'
+        link = f'<p><a download="{name}" href="{_sound(wave, rate, lossless=True)}">Download {name}</a></p>'
         return player(wave, rate, title=f"seed {seed}").data + link
 
     def _report(self, progress: Any) -> None:

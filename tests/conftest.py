@@ -2,10 +2,7 @@ import importlib
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
@@ -39,14 +36,12 @@ def fluidsynth() -> str:
     return program
 
 
-def side_by_side(work: Callable[[Any], Any], request: pytest.FixtureRequest, test: str, parameter: str,
-                 ) -> Iterator[dict[Any, Future[Any]]]:
-    """For a module's fixture: `work`, mostly a process's, on each value of a chosen test's parameter; two at a time."""
-    chosen = [item.callspec.params[parameter] for item in request.session.items
-              if isinstance(item, pytest.Function) and item.originalname == test]
-    with ThreadPoolExecutor(2) as pool:
-        yield {value: pool.submit(work, value) for value in chosen}
-        pool.shutdown(cancel_futures=True)    # where the first failure ends all
+@pytest.hookimpl(tryfirst=True)    # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker takes all tests of a file, which share its fixtures; but any takes one that is marked as `apart`."""
+    for item in items:
+        if not any(item.iter_markers("apart")):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def resolve(name: str) -> object:

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "book" / "_build" / "html"
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 MEGABYTE = 1_000_000
+MINUTE = 60_000   # in the browser's milliseconds, which a busy machine may need
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 # What axe calls serious or critical and stays, with the reason.
@@ -70,8 +71,10 @@ def context(book: Path) -> Iterator["BrowserContext"]:
     sync_api = importlib.import_module("playwright.sync_api")
     options = ["--no-sandbox", "--mute-audio", "--autoplay-policy=no-user-gesture-required"]
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=options)
-        yield browser.new_context(viewport=DESKTOP)
+        browser = playwright.chromium.launch(executable_path=program, args=options, timeout=10 * MINUTE)
+        context = browser.new_context(viewport=DESKTOP)
+        context.set_default_timeout(10 * MINUTE)
+        yield context
         browser.close()
 
 
@@ -138,64 +141,77 @@ def directives(opened: Visit) -> list[str]:
 
 def endless(opened: Visit) -> list[str]:
     """Sounds with no finite duration."""
-    return opened.page.evaluate("""() => Promise.all([...document.querySelectorAll("audio")].map(async (audio, i) => {
+    return opened.page.evaluate("""minute => Promise.all([...document.querySelectorAll("audio")].map(async (
+            audio, i) => {
         if (!audio.readyState && !audio.error) {
             const known = new Promise(done => audio.onloadedmetadata = audio.onerror = done);
             audio.load();
-            await Promise.race([known, new Promise(done => setTimeout(done, 20000))]);
+            await Promise.race([known, new Promise(done => setTimeout(done, minute))]);
         }
         const fault = `sound ${i}: ${audio.error?.message ?? audio.duration}`;
         return audio.duration > 0 && audio.duration < 3600 ? "" : fault;
-    })).then(faults => faults.filter(Boolean))""")
+    })).then(faults => faults.filter(Boolean))""", MINUTE)
 
 
 def dead(opened: Visit) -> list[str]:
     """The first player does not play, its play-head does not move, or stopped does not tell its place."""
-    return opened.page.evaluate("""async () => {
-        const audio = document.querySelector("audio"), pause = () => new Promise(done => setTimeout(done, 100));
+    return opened.page.evaluate("""async minute => {
+        const audio = document.querySelector("audio"), limit = Date.now() + 10 * minute;
         if (!audio) return [];
         let box = audio.parentElement;
         while (box.parentElement && !box.matches(".cell_output, figure") && !box.querySelector("[role=slider]"))
             box = box.parentElement;
         const head = box.querySelector("[role=slider]"), begin = [audio.currentTime, head?.style.cssText];
+        const still = () => !(audio.currentTime > begin[0] + 0.2) || head?.style.cssText === begin[1];
         await audio.play().catch(() => {});
-        for (let wait = 0; wait < 100; wait++) {
-            await pause();
-            if (audio.currentTime > begin[0] + 0.2 && !(head && head.style.cssText === begin[1])) break;
-        }
-        const faults = [], place = [audio.currentTime, head?.style.cssText];
-        if (!(place[0] > begin[0])) faults.push("the first sound does not play");
-        if (head && place[1] === begin[1]) faults.push("the first play-head does not move");
+        while (still() && !audio.paused && !audio.error && Date.now() < limit)    // to its end, if need be
+            await new Promise(done => setTimeout(done, 20));
+        const faults = [];
+        if (!(audio.currentTime > begin[0])) faults.push("the first sound does not play");
+        if (head && head.style.cssText === begin[1]) faults.push("the first play-head does not move");
+        const paused = audio.paused || new Promise(done => audio.addEventListener("pause", done));
         audio.pause();
-        await pause();
+        await paused;
         if (head && !(Math.abs(head.getAttribute("aria-valuenow") - audio.currentTime) < 0.2))
             faults.push("the first play-head does not tell its place");
         return faults;
-    }""")
+    }""", MINUTE)
 
 
 def stuck(opened: Visit) -> list[str]:
     """Sliders that do not change what is seen and heard, or lose the place in the sound."""
-    return opened.page.evaluate("""async () => {
+    return opened.page.evaluate("""async minute => {
         const faults = [];
         for (const input of document.querySelectorAll("label input[type=range]")) {
             const label = input.closest("label"), slider = label.parentElement, name = label.innerText;
             const seen = () => [...slider.querySelectorAll("figure")].filter(figure => figure.offsetHeight);
             const first = seen(), sound = first[0]?.querySelector("audio");
+            for (const audio of slider.querySelectorAll("audio")) audio.loop = true;    // none ends in the meantime
             await sound?.play().catch(() => {});
             input.value = input.max;
             input.dispatchEvent(new Event("input", {bubbles: true}));
-            const last = seen(), next = last[0]?.querySelector("audio");
-            await new Promise(done => setTimeout(done, 300));
+            const last = seen(), next = last[0]?.querySelector("audio"), place = next?.currentTime;
+            const playsOn = () => sound?.paused && !next?.paused && next?.currentTime !== place;
+            for (const limit = Date.now() + minute; next !== sound && !playsOn() && Date.now() < limit;)
+                await new Promise(done => setTimeout(done, 20));
             if (first.length != 1 || last.length != 1 || first[0] === last[0]) faults.push(`${name}: the same picture`);
             if (!next || next.currentSrc === sound?.currentSrc) faults.push(`${name}: the same sound`);
-            if (next?.paused || !sound?.paused) faults.push(`${name}: it does not play on`);
+            if (!playsOn()) faults.push(`${name}: it does not play on`);
             next?.pause();
+            for (const audio of slider.querySelectorAll("audio")) audio.loop = false;
             input.value = 0;
             input.dispatchEvent(new Event("input", {bubbles: true}));
         }
         return faults;
-    }""")
+    }""", MINUTE)
+
+
+# Ends what fades: colours in the midst of a transition are nobody's, and how far it has come is the machine's matter.
+SETTLE = """() => {
+    const fades = () => document.getAnimations().filter(it => it.playState == "running" || it.pending);
+    for (let all = fades(); all.length; all = fades())     // an end may begin another, as of a colour that is inherited
+        for (const it of all) it.effect.getComputedTiming().endTime == Infinity ? it.cancel() : it.finish();
+}"""
 
 
 @cache
@@ -221,6 +237,7 @@ def barriers(opened: Visit) -> list[str]:
     faults = []
     for theme in ("light", "dark"):
         page.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
+        page.evaluate(SETTLE)
         found = page.evaluate("""rules => axe.run({preload: false, selectors: false, ...rules}).then(report =>
             report.violations.filter(fault => ["serious", "critical"].includes(fault.impact)).map(fault =>
                 [fault.id, fault.nodes.length, fault.nodes[0].html.slice(0, 200), fault.nodes[0].failureSummary]))""",
@@ -315,7 +332,10 @@ SLIDER = """<div><label>step <input type="range" max="1" value="0"></label>
 }}</script>"""
 SWITCH = 'figure.style.display = i == event.target.value ? "" : "none"'
 LAST = TONE.replace("128", "129")
-GOOD = [f'<div class="cell_output">{HEAD}{TONE}{MOVES}{TELLS}</div><img alt="a" src="{PIXEL}">',
+FADES = """<style>body { transition: background 600s; color: #111; background: #fff }
+[data-theme=dark] body { color: #eee; background: #111 } i { animation: fade 600s infinite alternate }
+@keyframes fade { from { opacity: 0 } }</style><p>black on white, white on black <i>and seen by and by</i></p>"""
+GOOD = [FADES, f'<div class="cell_output">{HEAD}{TONE}{MOVES}{TELLS}</div><img alt="a" src="{PIXEL}">',
         SLIDER.format(first=TONE, last=LAST, switch=SWITCH)]
 BAD = {
     "a warning": (noises, "<script>console.warn('look')</script>"),
@@ -346,7 +366,7 @@ def small_page(context: "BrowserContext", folder: Path, body: str) -> Visit:
     return visit(context, (folder / "page.html").as_uri())
 
 
-@pytest.mark.parametrize("body", GOOD, ids=["player", "slider"])
+@pytest.mark.parametrize("body", GOOD, ids=["transition", "player", "slider"])
 def test_checks_find_nothing_on_a_good_page(body: str, context: "BrowserContext", tmp_path: Path):
     opened = small_page(context, tmp_path, body)
     assert [fault for check in CHECKS for fault in check(opened)] == []
@@ -376,7 +396,7 @@ def test_a_check_finds_its_fault(name: str, context: "BrowserContext", tmp_path:
 
 def test_search_finds_preconditioning(context: "BrowserContext", site: str):
     opened = visit(context, f"{site}search.html?q=preconditioning")
-    opened.page.wait_for_selector("#search-results li a[href*='05_edm']", timeout=30_000)
+    opened.page.wait_for_selector("#search-results li a[href*='05_edm']")
     assert noises(opened) == strangers(opened) == []
     opened.page.close()
 

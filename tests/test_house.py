@@ -8,13 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import prose, resolve, side_by_side
+from conftest import prose, resolve
 
 import pianodiff
 
@@ -139,19 +137,11 @@ def test_every_module_has_a_notebook():
     assert modules == exported == set(MAY_IMPORT)
 
 
-@pytest.fixture(scope="module")
-def chapter_runs(request: pytest.FixtureRequest) -> Iterator[dict[object, Future[str]]]:
-    """What nbdev_test prints for each chapter that is to be tested."""
-    def nbdev_test(chapter: Path) -> str:
-        return run(BIN / "nbdev_test", "--path", chapter.relative_to(ROOT), "--n_workers", "0")
-
-    yield from side_by_side(nbdev_test, request, "test_chapter_runs", "chapter")
-
-
+@pytest.mark.apart
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_chapter_runs(chapter: Path, chapter_runs: dict[object, Future[str]]):
+def test_chapter_runs(chapter: Path):
     """nbdev_test says "Success." only when it ran a notebook; on a path that matches none it exits 0 all the same."""
-    assert "Success." in chapter_runs[chapter].result()
+    assert "Success." in run(BIN / "nbdev_test", "--path", chapter.relative_to(ROOT), "--n_workers", "0")
 
 
 def test_a_failing_chapter_would_be_seen(copy: Path):
@@ -269,3 +259,8 @@ def test_constraints_name_no_place():
     pins = [line for line in lines if line and not line.startswith("#")]
     assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.!]+", pin)] == []
     assert "torch==2.13.0" in pins
+
+
+def test_one_worker_takes_a_file(request: pytest.FixtureRequest):
+    """pytest-xdist says nothing where it misses the groups, as it does with a pytest that is too new for it."""
+    assert request.node.nodeid.endswith("@test_house") or not hasattr(request.config, "workerinput")

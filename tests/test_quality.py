@@ -34,15 +34,15 @@ def table(**ratios: list[tuple[int, float, float]]) -> list[dict]:
 
 
 @pytest.mark.parametrize("rows, chosen", [
-    ([(80, -25.6, 12.0, 1.0), (250, -24.5, 14.1, 1.0), (600, -23.7, 14.4, 0.9)], 250),
-    ([(80, -24.2, 12.0, 1.0), (250, -25.1, 14.1, 1.0), (600, -23.7, 14.4, 0.9)], 600),  # each has one of the two
-    ([(80, -25.6, 12.0, 1.0), (250, -24.5, 14.1, 1.1), (600, -23.7, 14.4, 1.0)], 600),  # nearer in level, farther off
-    ([(80, -24.0, 14.0, 1.0), (250, -24.5, 14.1, 1.0), (600, -23.7, 14.4, 1.0)], 80),
+    ([(80, -0.7, -2.7, 1.0), (250, -0.1, -0.3, 1.0), (600, 0.0, 0.0, 0.9)], 250),
+    ([(80, -0.1, -2.7, 1.0), (250, -0.7, -0.3, 1.0), (600, 0.0, 0.0, 0.9)], 600),  # each has one of the two
+    ([(80, -0.7, -2.7, 1.0), (250, -0.1, -0.3, 1.1), (600, 0.0, 0.0, 1.0)], 600),  # as loud, but farther off
+    ([(80, -0.1, -0.3, 1.0), (250, -0.1, -0.3, 1.0), (600, 0.0, 0.0, 1.0)], 80),
 ])
 def test_sampling_starts_as_low_as_the_level_allows(quality, rows, chosen):
-    starts = [{"sigma_max": sigma, "level": level, "spread": spread, "frechet": frechet, "kernel": 1.0,
-               "level_interval": (level - 1, level + 1), "spread_interval": (spread - 1, spread + 1)}
-              for sigma, level, spread, frechet in rows]
+    starts = [{"sigma_max": sigma, "frechet": frechet, "kernel": 1.0,
+               "level_difference_interval": (level - 0.3, level + 0.3),
+               "spread_difference_interval": (spread - 0.5, spread + 0.5)} for sigma, level, spread, frechet in rows]
     assert quality.lowest_start(starts)["sigma_max"] == chosen
 
 
@@ -131,7 +131,8 @@ def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypa
     assert len({heun_2["level"], heun_4["level"], first["reference"]["level"]}) == 3
     low, high = first["sigma_max"]["settings"]
     assert (low["sigma_max"], high["sigma_max"]) == (80, 300) and low["spread"] != high["spread"] > 0
-    assert low["level_interval"][0] < low["level"] < low["level_interval"][1]
+    assert high["level_difference_interval"] == high["spread_difference_interval"] == [0, 0]
+    assert low["level_difference_interval"][0] < low["level_difference_interval"][1]
     assert set(heun_4["joins"]) >= {"flux", "residue"} and 0 <= heun_4["joins"]["flux"] <= 1
     weights = (tmp_path / "tiny" / "model.safetensors").read_bytes()
     assert first["weights"] == hashlib.sha256(weights).hexdigest()

@@ -61,7 +61,7 @@ from pianodiff.unet import UNetConfig
 {patch}
 train({str(store)!r}, {str(run)!r}, {CONFIG!r})
 """
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=1200)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=3600)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ train({str(store)!r}, {str(tmp_path / "run")!r}, {CONFIG!r})
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
               str(script)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, capture_output=True, text=True, env=env, timeout=1200)
+    done = subprocess.run(launch, capture_output=True, text=True, env=env, timeout=3600)
     assert done.returncode == 0, done.stderr
     assert [row["images"] for row in rows(tmp_path / "run")] == [row["images"] for row in rows(whole)]
     facts = load_model(tmp_path / "run/model")[1]["training"]

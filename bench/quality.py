@@ -269,6 +269,9 @@ class Bench:
         """From each sigma_max, so many pieces of two blocks: their levels, and their distances."""
         made = {sigma_max: self.make(*STARTING, sigma_max=sigma_max, pieces=pieces,
                                      seconds=2 * self.cfg.block_seconds).clips for sigma_max in SIGMA_MAX}
+        levels = {sigma_max: levels_of(clips).reshape(pieces, -1) for sigma_max, clips in made.items()}
+        return [{"sigma_max": sigma_max, **self.quality(clips),
+                 **loudness(levels[sigma_max], levels[SIGMA_MAX[-1]], self.seed)} for sigma_max, clips in made.items()]
 
     def controls(self) -> dict[str, dict[str, Any]]:
         """Other real music, the same through phase retrieval, and noise at its level."""

@@ -33,7 +33,7 @@ from .audio import SpectrogramConfig, to_spectrogram
 from .files import in_order, load_tensors, save_tensors, write_whole
 from .pieces import Comparison, Pieces, Row, Section, by_decades, in_style, new_axes
 
-# %% ../nbs/09a_distance.ipynb #50d7c455
+# %% ../nbs/09a_distance.ipynb #0a0c7d19
 def _check_points(x: Tensor) -> Tensor:
     """`x` `[N, D]` in float64, on the CPU; ValueError unless it is finite and has that shape, N > 0."""
     if x.ndim != 2 or not x.numel():
@@ -42,7 +42,7 @@ def _check_points(x: Tensor) -> Tensor:
         raise ValueError("the embeddings hold NaN or infinite values; find the clips that they come from")
     return x.detach().to("cpu", torch.float64)
 
-
+# %% ../nbs/09a_distance.ipynb #50d7c455
 class Moments:
     """Mean and covariance of points in `dim` dimensions, gathered batch by batch in float64 (Chan et al. 1983).
 

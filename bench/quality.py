@@ -53,8 +53,9 @@ import pianodiff
 from pianodiff import GUIDANCE_INTERVAL
 from pianodiff.distance import LogMel, Moments, embed, frechet_distance, interval, kernel_distance_to
 from pianodiff.files import write_whole
-from pianodiff.generate import Piano, Sampling, find_model
+from pianodiff.generate import Piano, Sampling
 from pianodiff.joins import seams
+from pianodiff.model import find_model
 from pianodiff.music import compare_statistics, measure
 from pianodiff.pieces import Pieces, make_pieces, noise_like, read_pieces, retrieved
 

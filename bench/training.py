@@ -11,9 +11,10 @@ from common import Record, append, compare, devices, seconds
 from pianodiff.audio import SPECTROGRAMS, save_audio
 from pianodiff.data import prepare
 from pianodiff.edm import Denoiser, edm_loss
+from pianodiff.model import PRESETS
 from pianodiff.synth import example_performance
 from pianodiff.train import _native_bf16
-from pianodiff.unet import PRESETS, UNet, UNetConfig
+from pianodiff.unet import UNet, UNetConfig
 
 
 def steps(config: UNetConfig, device: str, batch_size: int, num_steps: int, compiled: bool) -> Callable[[], float]:

@@ -339,7 +339,7 @@ def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
         run: the folder for checkpoints, logs, samples and the model
         init: start from the weights of this model (fine-tuning): a shipped name, a folder, or a Hub id
     """
-    from pianodiff.generate import find_model
+    from pianodiff.model import find_model
     from pianodiff.train import train as train_model
 
     begin = time.perf_counter()

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from .audio import SpectrogramConfig, normalize_peak, to_spectrogram, to_wave
 from .data import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, read_recording
 from .files import cached, in_order
-from .generate import Piano, Sampling, find_model
+from .generate import Piano, Sampling
+from .model import find_model
 
 # %% ../nbs/09d_pieces.ipynb #daa95370
 class Piece(NamedTuple):

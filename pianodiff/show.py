@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import GUIDANCE, NUM_STEPS, SAMPLER
-from .audio import MP3_RATES, SpectrogramConfig, load_audio, to_flac, to_mp3, to_spectrogram
+from .audio import MP3_RATES, SpectrogramConfig, load_audio, rate_of, to_flac, to_mp3, to_spectrogram
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -124,16 +124,16 @@ def _figure(wave: Tensor, sample_rate: int, title: str | None, lossless: bool, s
             f'<piano-head seconds="{seconds:.6g}"></piano-head></figure>')
 
 
-def player(wave: Tensor, sample_rate: int = 8000, *, title: str | None = None, lossless: bool = False) -> "HTML":
+def player(wave: Tensor, sample_rate: int | None = None, *, title: str | None = None, lossless: bool = False) -> "HTML":
     """A player for `wave` `[T]` with its spectrogram, up to the Nyquist frequency, and a play-head that moves over it.
 
     The sound is embedded at its own level: as MP3, or as FLAC where `lossless` asks for it or MP3 lacks the rate. It is
-    one piece of HTML, which needs neither kernel nor network. Raises ValueError for a wave that is empty, not
-    one-dimensional or not finite.
+    one piece of HTML, which needs neither kernel nor network. Without `sample_rate` it is a `Wave`'s own, or 8000 Hz.
+    Raises ValueError for a wave that is empty, not one-dimensional or not finite.
     """
     from IPython.display import HTML  # here, since only notebooks have it
 
-    figure = _figure(wave, sample_rate, title, lossless)
+    figure = _figure(wave, rate_of(wave, sample_rate), title, lossless)
     return HTML("\n".join([_static("player.css"), figure, _static("player.js")]))
 
 # %% ../nbs/11_show.ipynb #d8f06038

@@ -34,17 +34,8 @@ from tqdm import tqdm
 from .data import BlockDataset, Store
 from .edm import Denoiser, denoising_loss, edm_loss
 from .files import ahead, seed_of
-from pianodiff.unet import (
-    MODEL_FORMAT,
-    NOISE_LEVELS,
-    PRESETS,
-    UNet,
-    UNetConfig,
-    check_replaceable,
-    load_model,
-    noise_levels,
-    save_model,
-)
+from .model import MODEL_FORMAT, NOISE_LEVELS, PRESETS, check_replaceable, load_model, noise_levels, save_model
+from .unet import UNet, UNetConfig
 
 try:
     import fcntl

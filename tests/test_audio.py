@@ -1,7 +1,10 @@
 """Audio: formats, rates and bad files; the STFT and Griffin-Lim against librosa; blocks that tile; loudness."""
 
+import base64
+import copy
 import heapq
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import librosa
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
 import torch
 
@@ -17,6 +21,7 @@ from pianodiff.audio import (
     AUDIO_FORMATS,
     SPECTROGRAMS,
     SpectrogramConfig,
+    Wave,
     _floor,
     _gradient_phases,
     _istft,
@@ -33,6 +38,7 @@ from pianodiff.audio import (
     to_spectrogram,
     to_wave,
 )
+from pianodiff.show import player
 from pianodiff.synth import example_performance
 
 SHAPES = [SPECTROGRAMS[name] for name in ("paper-128", "paper-256", "nano")]
@@ -283,18 +289,19 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypat
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="limits of a process are POSIX's")
-@pytest.mark.parametrize("ending", AUDIO_FORMATS)
-def test_libsndfiles_system_error_is_given_its_name(tmp_path, ending):
+def test_libsndfiles_system_error_is_given_its_name(tmp_path):
     code = """import resource, sys, torch
 from pianodiff.audio import save_audio
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    save_audio(sys.argv[1], torch.rand(50_000))
-except ValueError as error:
-    print(error)"""
-    path = tmp_path / f"new{ending}"
-    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=3600)
-    assert told.stdout == f"{path} can't be written (File too large); choose another place\n", told.stderr
+for path in sys.argv[1:]:
+    try:
+        save_audio(path, torch.rand(50_000))
+    except ValueError as error:
+        print(error)"""
+    paths = [tmp_path / f"new{ending}" for ending in AUDIO_FORMATS]
+    told = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=3600)
+    assert told.stdout.splitlines() == [
+        f"{path} can't be written (File too large); choose another place" for path in paths], told.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -786,3 +793,32 @@ def test_zero_decibels_in_the_nyquist_row_is_a_whistle(music):
     right, wrong = (griffin_lim(m, cfg, generator=seed()) for m in (magnitude, padded))
     high = [_stft(w[None], cfg)[0, -4:].abs().mean() / cfg.reference for w in (right, wrong)]
     assert 20 * torch.log10(high[0]) < -50 and 20 * torch.log10(high[1]) > -20
+
+
+@pytest.mark.parametrize("rate", [16_000, 8001])  # with MP3, and where FLAC has to do
+def test_a_wave_knows_its_rate_and_its_seed(music, tmp_path, rate):
+    wave = Wave(music.clone(), rate, seed=7)
+    assert (wave.sample_rate, wave.seed) == (rate, 7) and torch.equal(wave, music)
+    assert repr(wave) == f"Wave({len(music) / rate:.3f} s at {rate} Hz, seed 7)"
+    page = r'<audio controls aria-label="sound of seed 7" src="data:audio/(\w+);base64,(.+)"></audio>'
+    kind, sound = re.fullmatch(page, wave._repr_html_()).groups()
+    with soundfile.SoundFile(io.BytesIO(base64.b64decode(sound))) as file:
+        assert (kind, file.samplerate, file.frames) == ("mpeg" if rate == 16_000 else "flac", rate, len(music))
+    save_audio(tmp_path / "own.wav", wave)
+    save_audio(tmp_path / "other.wav", wave, 8000)
+    assert [soundfile.info(tmp_path / f"{name}.wav").samplerate for name in ("own", "other")] == [rate, 8000]
+    assert f'seconds="{len(music) / rate:.6g}"' in player(wave).data
+    assert f'seconds="{len(music) / 8000:.6g}"' in player(wave, 8000).data
+
+
+def test_what_comes_of_a_wave_is_a_plain_tensor(music, tmp_path):
+    wave = Wave(music.clone(), 8000, seed=7)
+    torch.save(wave, tmp_path / "wave.pt")
+    loaded = torch.load(tmp_path / "wave.pt", weights_only=True)
+    stored = safetensors.torch.load(safetensors.torch.save({"wave": wave}))["wave"]
+    for result in (wave[:-1], 0.5 * wave, torch.cat([wave, wave]), wave.clone(), wave.abs().cumsum(0), wave.float() + 0,
+                   copy.copy(wave), copy.deepcopy(wave), loaded, stored):
+        assert type(result) is torch.Tensor
+    assert torch.equal(loaded, music) and np.array_equal(wave.numpy(), music.numpy())
+    with pytest.raises(ValueError, match=r"a wave \[T\] is needed, not one of shape \[1, "):
+        Wave(music[None])

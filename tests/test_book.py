@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "book" / "_build" / "html"
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 MEGABYTE = 1_000_000
-MINUTE = 60_000   # in the browser's milliseconds, which a busy machine may need
+PATIENCE = 600_000  # in the browser's milliseconds: nothing takes so long, however busy the machine
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 # What axe calls serious or critical and stays, with the reason.
@@ -71,9 +71,9 @@ def context(book: Path) -> Iterator["BrowserContext"]:
     sync_api = importlib.import_module("playwright.sync_api")
     options = ["--no-sandbox", "--mute-audio", "--autoplay-policy=no-user-gesture-required"]
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=options, timeout=10 * MINUTE)
+        browser = playwright.chromium.launch(executable_path=program, args=options, timeout=PATIENCE)
         context = browser.new_context(viewport=DESKTOP)
-        context.set_default_timeout(10 * MINUTE)
+        context.set_default_timeout(PATIENCE)
         yield context
         browser.close()
 
@@ -141,22 +141,22 @@ def directives(opened: Visit) -> list[str]:
 
 def endless(opened: Visit) -> list[str]:
     """Sounds with no finite duration."""
-    return opened.page.evaluate("""minute => Promise.all([...document.querySelectorAll("audio")].map(async (
+    return opened.page.evaluate("""patience => Promise.all([...document.querySelectorAll("audio")].map(async (
             audio, i) => {
         if (!audio.readyState && !audio.error) {
             const known = new Promise(done => audio.onloadedmetadata = audio.onerror = done);
             audio.load();
-            await Promise.race([known, new Promise(done => setTimeout(done, minute))]);
+            await Promise.race([known, new Promise(done => setTimeout(done, patience))]);
         }
         const fault = `sound ${i}: ${audio.error?.message ?? audio.duration}`;
         return audio.duration > 0 && audio.duration < 3600 ? "" : fault;
-    })).then(faults => faults.filter(Boolean))""", MINUTE)
+    })).then(faults => faults.filter(Boolean))""", PATIENCE)
 
 
 def dead(opened: Visit) -> list[str]:
     """The first player does not play, its play-head does not move, or stopped does not tell its place."""
-    return opened.page.evaluate("""async minute => {
-        const audio = document.querySelector("audio"), limit = Date.now() + 10 * minute;
+    return opened.page.evaluate("""async patience => {
+        const audio = document.querySelector("audio"), limit = Date.now() + patience;
         if (!audio) return [];
         let box = audio.parentElement;
         while (box.parentElement && !box.matches(".cell_output, figure") && !box.querySelector("[role=slider]"))
@@ -175,12 +175,12 @@ def dead(opened: Visit) -> list[str]:
         if (head && !(Math.abs(head.getAttribute("aria-valuenow") - audio.currentTime) < 0.2))
             faults.push("the first play-head does not tell its place");
         return faults;
-    }""", MINUTE)
+    }""", PATIENCE)
 
 
 def stuck(opened: Visit) -> list[str]:
     """Sliders that do not change what is seen and heard, or lose the place in the sound."""
-    return opened.page.evaluate("""async minute => {
+    return opened.page.evaluate("""async patience => {
         const faults = [];
         for (const input of document.querySelectorAll("label input[type=range]")) {
             const label = input.closest("label"), slider = label.parentElement, name = label.innerText;
@@ -192,7 +192,7 @@ def stuck(opened: Visit) -> list[str]:
             input.dispatchEvent(new Event("input", {bubbles: true}));
             const last = seen(), next = last[0]?.querySelector("audio"), place = next?.currentTime;
             const playsOn = () => sound?.paused && !next?.paused && next?.currentTime !== place;
-            for (const limit = Date.now() + minute; next !== sound && !playsOn() && Date.now() < limit;)
+            for (const limit = Date.now() + patience; next !== sound && !playsOn() && Date.now() < limit;)
                 await new Promise(done => setTimeout(done, 20));
             if (first.length != 1 || last.length != 1 || first[0] === last[0]) faults.push(`${name}: the same picture`);
             if (!next || next.currentSrc === sound?.currentSrc) faults.push(`${name}: the same sound`);
@@ -203,7 +203,7 @@ def stuck(opened: Visit) -> list[str]:
             input.dispatchEvent(new Event("input", {bubbles: true}));
         }
         return faults;
-    }""", MINUTE)
+    }""", PATIENCE)
 
 
 # Ends what fades: colours in the midst of a transition are nobody's, and how far it has come is the machine's matter.

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
 
@@ -108,3 +109,43 @@ def test_the_workflow_calls_the_makefile_alone():
     assert all(line.split()[0] == "make" and "\n" not in line.strip() for line in lines)
     assert workflow["jobs"]["build"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
     assert set(workflow[True]) == {"push", "pull_request", "schedule", "workflow_dispatch"}    # YAML's `on` is true
+
+
+ADDRESSED = [*PAGES, *CHAPTERS, *(ROOT / name for name in (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", ".github/workflows/book.yml"))]
+
+
+def addresses(text: str) -> set[tuple[str, str]]:
+    """Owner and name of every repository of this project's name that an address in the text leads to."""
+    hosts = r"(?:github\.com/|githubusercontent\.com/|colab\.research\.google\.com/github/)([\w-]+)/([\w-]+)"
+    found = re.findall(hosts, text) + re.findall(r"([\w-]+)\.github\.io/([\w-]+)", text)
+    return {(owner, name) for owner, name in found if "pianodiff" in (owner, name)}
+
+
+def repository() -> tuple[str, str, str]:
+    """Owner, name and branch, as settings.ini has them."""
+    config = ConfigParser()
+    config.read(ROOT / "settings.ini")
+    return config["DEFAULT"]["user"], config["DEFAULT"]["repo"], config["DEFAULT"]["branch"]
+
+
+def test_every_address_of_the_repository_is_that_of_the_settings():
+    owner, name, _ = repository()
+    assert {str(path) for path in ADDRESSED if addresses(path.read_text()) - {(owner, name)}} == set()
+    assert addresses((ROOT / "README.md").read_text()) == addresses(CHAPTERS[0].read_text()) == {(owner, name)}
+
+
+@pytest.mark.parametrize("text", ["git+https://github.com/someone/pianodiff", "https://pianodiff.github.io/piano/",
+                                  "https://colab.research.google.com/github/pianodiff/piano/blob/main/a.ipynb"])
+def test_another_address_would_be_found(text: str):
+    assert addresses(text) - {repository()[:2]}
+
+
+def test_links_into_colab_and_the_book_lead_to_pages():
+    _, _, branch = repository()
+    for path in ADDRESSED:
+        text = path.read_text()
+        notebooks = re.findall(r"research\.google\.com/github/[\w-]+/pianodiff/blob/([\w-]+)/([\w./]+)", text)
+        pages = re.findall(r"github\.io/[\w-]+/([\w/]+)\.html", text)
+        assert all(on == branch and (ROOT / notebook).is_file() for on, notebook in notebooks), path
+        assert all([*ROOT.glob(f"{page}.*")] for page in pages), path

@@ -12,9 +12,9 @@ from test_generate import LARGE, tiny_piano
 from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 from pianodiff.audio import SPECTROGRAMS, save_audio
 from pianodiff.data import render_midi
-from pianodiff.generate import Piano, find_model
+from pianodiff.generate import Piano
+from pianodiff.model import find_model, noise_levels
 from pianodiff.synth import example_performance
-from pianodiff.unet import noise_levels
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ import torch
 
 from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import BlockDataset, prepare
+from pianodiff.model import load_model, noise_levels
 from pianodiff.train import EVAL_SIGMAS, TrainConfig, draw_batch, learning_rate, load_checkpoint, save_checkpoint, train
-from pianodiff.unet import UNetConfig, load_model, noise_levels
+from pianodiff.unet import UNetConfig
 
 SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)
 NETWORK = UNetConfig(n_bins=32, n_frames=32, patch=4, channels=(8, 16), blocks=(1, 1), attention=("", "ft"),

@@ -170,6 +170,26 @@ def _enough(recordings: Sequence[Recording], blocks: int, most: int | None,
     totals = enumerate(itertools.accumulate(sizes), 1)
     return next((n for n, total in totals if total >= blocks), len(recordings))
 
+# %% ../nbs/09d_pieces.ipynb #5d0c7a20
+def _collected(tried: Iterable[tuple[Recording, Piece | str]], blocks: int | None,
+               label: str, cfg: SpectrogramConfig) -> Pieces:
+    """Pieces until there are enough blocks, with the reasons for those left out."""
+    pieces: list[Piece] = []
+    unused: dict[str, str] = {}
+
+    def usable() -> Iterator[Piece]:
+        for recording, piece in tried:
+            if isinstance(piece, str):
+                unused[recording.path] = piece
+            else:
+                yield piece
+
+    with tqdm(total=blocks, unit="block", desc=label) as bar:
+        for piece in _first(blocks or 10**9, usable(), cfg):
+            pieces.append(piece)
+            bar.update(len(piece.wave) // cfg.block_samples)
+    return Pieces(pieces, cfg, unused)
+
 # %% ../nbs/09d_pieces.ipynb #3e2cfbfe
 def read_pieces(
     source: str | os.PathLike, cfg: SpectrogramConfig, *,
@@ -205,26 +225,6 @@ def read_pieces(
         raise ValueError(f"none of the {len(recordings)} recordings in {source} can be "
                          f"used; {path}: {reason}")
     return pieces
-
-
-def _collected(tried: Iterable[tuple[Recording, Piece | str]], blocks: int | None,
-               label: str, cfg: SpectrogramConfig) -> Pieces:
-    """Pieces until there are enough blocks, with the reasons for those left out."""
-    pieces: list[Piece] = []
-    unused: dict[str, str] = {}
-
-    def usable() -> Iterator[Piece]:
-        for recording, piece in tried:
-            if isinstance(piece, str):
-                unused[recording.path] = piece
-            else:
-                yield piece
-
-    with tqdm(total=blocks, unit="block", desc=label) as bar:
-        for piece in _first(blocks or 10**9, usable(), cfg):
-            pieces.append(piece)
-            bar.update(len(piece.wave) // cfg.block_samples)
-    return Pieces(pieces, cfg, unused)
 
 # %% ../nbs/09d_pieces.ipynb #55419ff7
 def invert(spec: Tensor, cfg: SpectrogramConfig, seed: int) -> Tensor:

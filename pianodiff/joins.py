@@ -22,7 +22,8 @@ from .pieces import Comparison, Piece, Pieces, Section, in_style, invert, new_ax
 
 # %% ../nbs/09e_joins.ipynb #2d9c3309
 def join_positions(length: int, cfg: SpectrogramConfig) -> Tensor:
-    """Samples `[J]` at which one block ends and the next begins within a wave of `length` samples.
+    """Samples `[J]` at which one block ends and the next begins within a wave of
+    `length` samples.
 
     Raises ValueError if it is shorter than two blocks.
     """
@@ -32,7 +33,8 @@ def join_positions(length: int, cfg: SpectrogramConfig) -> Tensor:
 
 
 def inside_positions(length: int, cfg: SpectrogramConfig) -> Tensor:
-    """Samples `[K]` half-way inside the whole blocks of a wave of `length` samples: the controls of `join_positions`.
+    """Samples `[K]` half-way inside the whole blocks of a wave of `length` samples: the
+    controls of `join_positions`.
 
     Raises ValueError if it is shorter than a block.
     """
@@ -57,7 +59,8 @@ def _windows(wave: Tensor, at: Tensor, half: int) -> Tensor:
 
 
 def _changes(short: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
-    """Flux and level jump, both `[J]` in dB, from before to after: windows `[J, 2, n]`."""
+    """Flux and level jump, both `[J]` in dB, from before to after: windows `[J, 2, n]`.
+    """
     window = torch.hann_window(short.shape[-1], device=short.device)
     amplitude = torch.fft.rfft(short * window).abs() * 2 / window.sum()
     levels = 20 * amplitude.clamp(min=10 ** (-cfg.top_db / 20)).log10()
@@ -68,7 +71,8 @@ def _changes(short: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
 
 
 def _harmony(long: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """The cosine `[J]` between the pitch classes before and after: windows `[J, 2, n]`."""
+    """The cosine `[J]` between the pitch classes before and after: windows `[J, 2, n]`.
+    """
     salience = note_salience(to_spectrogram(long, cfg), cfg).sum(-1)
     left, right = by_class(salience).unbind(1)
     return (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1))

@@ -36,10 +36,11 @@ LOWEST_PITCH = 33  # MIDI number of A1, 55 Hz: below, one row of the spectrogram
 
 
 def semitone_bands(cfg: SpectrogramConfig) -> Tensor:
-    """Weights `[bands, n_bins]` that average a spectrogram's rows over semitones, from A1 to the Nyquist frequency.
+    """Weights `[bands, n_bins]` that average a spectrogram's rows over semitones, from
+    A1 to the Nyquist frequency.
 
-    Band i is the mean over MIDI pitches 33 + i ± 1/2 of the linearly interpolated rows; each row of weights sums to 1.
-    Raises ValueError if the sample rate leaves no band.
+    Band i is the mean over MIDI pitches 33 + i ± 1/2 of the linearly interpolated rows;
+    each row of weights sums to 1. Raises ValueError if the sample rate leaves no band.
     """
     highest = math.floor(69 + 12 * math.log2(cfg.sample_rate / 2 / 440))
     if highest < LOWEST_PITCH:
@@ -53,7 +54,9 @@ _FLAT = 1.0  # standard deviation, in steps of the store's 255, below which ther
 
 
 def _norm(x: Tensor, width: int) -> Tensor:
-    """‖c - mean(c)‖ `[..., T - width + 1]` of windows of `width` columns of x `[..., rows, T]`; inf for flat ones."""
+    """‖c - mean(c)‖ `[..., T - width + 1]` of windows of `width` columns of x `[...,
+    rows, T]`; inf for flat ones.
+    """
     size = x.shape[-2] * width
     total, square = (y.sum(-2).unfold(-1, width, 1).sum(-1) for y in (x, x.square()))
     norm = (square - total.square() / size).clamp(min=0).sqrt()
@@ -61,9 +64,11 @@ def _norm(x: Tensor, width: int) -> Tensor:
 
 
 def _patterns(rows: Tensor, transpose: int) -> Tensor:
-    """Unit patterns of Eq. (pattern), `[Q, 2 * transpose + 1, bands - 2 * transpose, T]`, of queries `[Q, bands, T]`.
+    """Unit patterns of Eq. (pattern), `[Q, 2 * transpose + 1, bands - 2 * transpose,
+    T]`, of queries `[Q, bands, T]`.
 
-    Shift `transpose + t` holds the rows that a passage's middle rows come to lie on when it is raised by t semitones.
+    Shift `transpose + t` holds the rows that a passage's middle rows come to lie on
+    when it is raised by t semitones.
     """
     kept = rows.shape[1] - 2 * transpose
     x = torch.stack([rows[:, lowest : lowest + kept] for lowest in range(2 * transpose + 1)], 1)
@@ -120,7 +125,9 @@ def _cosines(x: Tensor, weight: Tensor, width: int) -> Tensor:
 
 # %% ../nbs/09c_novelty.ipynb #f8503666
 def _place(codes: Tensor, first: Tensor, patterns: Tensor, weights: Tensor, slack: int) -> tuple[Tensor, Tensor]:
-    """Cosine `[m]` and frame `[m]` of the best window of codes `[frames, n_bins]` within `slack` of `first` `[m]`."""
+    """Cosine `[m]` and frame `[m]` of the best window of codes `[frames, n_bins]`
+    within `slack` of `first` `[m]`.
+    """
     width, span = patterns.shape[-1], min(len(codes), patterns.shape[-1] + 2 * slack)
     low = (first - slack).clamp(0, len(codes) - span)
     found = []
@@ -154,20 +161,25 @@ def _array(group: zarr.Group, recording: str) -> Any:
 
 # %% ../nbs/09c_novelty.ipynb #de389fc5
 def _by_group(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Smallest value `[Q, G]` in each group of neighbouring columns of `[Q, N]`, and its column."""
+    """Smallest value `[Q, G]` in each group of neighbouring columns of `[Q, N]`, and
+    its column.
+    """
     starts = torch.tensor([0, *sizes[:-1]], device=values.device).cumsum(0)
     found = [part.min(1) for part in values.split(list(sizes), 1)]
     return torch.stack([f.values for f in found], 1), torch.stack([f.indices for f in found], 1) + starts
 
 # %% ../nbs/09c_novelty.ipynb #f35c7e73
 def _heard(levels: Tensor) -> Tensor:
-    """LogMel's points `[..., D]` of levels `[..., bands, frames]`, all lifted to one mean level."""
+    """LogMel's points `[..., D]` of levels `[..., bands, frames]`, all lifted to one
+    mean level.
+    """
     return LogMel.points(levels - levels.mean((-2, -1), keepdim=True))
 
 
 def _digested(array: Any, weights: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
-    """Of one recording, read in slabs of 8192 columns: its bands, a column every `step` frames, uint8
-    `[columns, bands]`; and the points `[P, D]` of its passages, one every half block.
+    """Of one recording, read in slabs of 8192 columns: its bands, a column every `step`
+    frames, uint8 `[columns, bands]`; and the points `[P, D]` of its passages, one every
+    half block.
     """
     step, bands, levels = _step(cfg), [], []
     for begin in range(0, array.shape[0], 8192 * step):
@@ -208,8 +220,9 @@ def _cache_path(folder: str | os.PathLike, store: Store, split: str,
 class Neighbours:
     """The k nearest passages of Q blocks, nearest first, each of another piece.
 
-    `distance` `[Q, k]` is that of Eq. (pattern), in [0, 2]; `recording[q][j]` is an id, in which the passage starts at
-    `frame` `[Q, k]`; raised by `transposition` `[Q, k]` semitones it is most like the block.
+    `distance` `[Q, k]` is that of Eq. (pattern), in [0, 2]; `recording[q][j]` is an id,
+    in which the passage starts at `frame` `[Q, k]`; raised by `transposition` `[Q, k]`
+    semitones it is most like the block.
     """
 
     distance: Tensor
@@ -223,7 +236,9 @@ class Neighbours:
 
 # %% ../nbs/09c_novelty.ipynb #e707b307
 def _one_of_each(distance: Tensor, piece: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest distances `[Q, k]` of different pieces, ascending, and their columns, of `[Q, m]`."""
+    """The k smallest distances `[Q, k]` of different pieces, ascending, and their
+    columns, of `[Q, m]`.
+    """
     distance, order = distance.sort(dim=1, stable=True)
     piece = piece.gather(1, order)
     repeated = (piece[:, :, None] == piece[:, None, :]).tril(-1).any(2)
@@ -332,46 +347,11 @@ def _check_query(corpus: Corpus, blocks: Tensor, k: int, transpose: int = 0) -> 
         raise ValueError(f"transpose is {transpose}; "
                          f"choose from 0 to {bands // 4} semitones")
 
-# %% ../nbs/09c_novelty.ipynb #0c0c7f14
-@torch.no_grad()
-def _nearest(corpus: Corpus, blocks: Tensor, k: int, transpose: int,
-             device: str | torch.device | None, progress: bool) -> Neighbours:
-    """`Corpus.nearest`, some 4,096 patterns at a time: each under 2 GB."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    parts = blocks.split(max(1, 4096 // (2 * transpose + 1)))
-    cfg = corpus.store.cfg
-    stretches = len(_stretches(corpus, cfg.n_frames // _step(cfg))[1])
-    total = len(parts) * (stretches + len(corpus.recordings))
-    with tqdm(total=total, desc="nearest passages", disable=not progress) as bar:
-        found = [_nearest_part(corpus, part.to(device).float(), k, transpose, bar)
-                 for part in parts]
-    distance, which, frame, shift = (torch.cat(part).cpu()
-                                     for part in zip(*found, strict=True))
-    return Neighbours(distance, _ids(corpus, which), frame, shift)
-
-
-def _ids(corpus: Corpus, which: Tensor) -> list[list[str]]:
-    return [[corpus.recordings[r]["id"] for r in row] for row in which.tolist()]
-
-
-def _nearest_part(corpus: Corpus, blocks: Tensor, k: int, transpose: int,
-                  bar: tqdm) -> tuple[Tensor, ...]:
-    """Distances, recordings, frames and transpositions, each `[Q, k]`."""
-    weights = semitone_bands(corpus.store.cfg).to(blocks.device)
-    rows = 255 * weights @ blocks
-    middle = slice(transpose, len(weights) - transpose)
-    which, shift, frame = _candidates(corpus, rows, k, transpose, middle, bar)
-    fine = _patterns(rows, transpose)
-    distance, frame = _placed(corpus, fine, which, shift, frame, weights[middle], bar)
-    piece = torch.tensor(corpus.piece_of, device=which.device)[which]
-    distance, order = _one_of_each(distance, piece, k)
-    return distance, *(x.gather(1, order) for x in (which, frame, shift - transpose))
-
 # %% ../nbs/09c_novelty.ipynb #0c0c7f16
 def _stretches(corpus: Corpus,
                width: int) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-    """Each recording's first column; stretches of columns (first, end) that are searched
-    at once; the recording of each.
+    """Each recording's first column; stretches of columns (first, end) that are
+    searched at once; the recording of each.
     """
     step = _step(corpus.store.cfg)
     start, stretches, owner = [0], [], []
@@ -443,12 +423,49 @@ def _placed(corpus: Corpus, fine: Tensor, which: Tensor, shift: Tensor, frame: T
     bar.update(len(corpus.recordings) - len(found))
     return (2 - 2 * cosine).clamp(min=0).sqrt(), placed
 
+# %% ../nbs/09c_novelty.ipynb #0c0c7f14
+@torch.no_grad()
+def _nearest(corpus: Corpus, blocks: Tensor, k: int, transpose: int,
+             device: str | torch.device | None, progress: bool) -> Neighbours:
+    """`Corpus.nearest`, some 4,096 patterns at a time: each under 2 GB."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    parts = blocks.split(max(1, 4096 // (2 * transpose + 1)))
+    cfg = corpus.store.cfg
+    stretches = len(_stretches(corpus, cfg.n_frames // _step(cfg))[1])
+    total = len(parts) * (stretches + len(corpus.recordings))
+    with tqdm(total=total, desc="nearest passages", disable=not progress) as bar:
+        found = [_nearest_part(corpus, part.to(device).float(), k, transpose, bar)
+                 for part in parts]
+    distance, which, frame, shift = (torch.cat(part).cpu()
+                                     for part in zip(*found, strict=True))
+    return Neighbours(distance, _ids(corpus, which), frame, shift)
+
+
+def _ids(corpus: Corpus, which: Tensor) -> list[list[str]]:
+    return [[corpus.recordings[r]["id"] for r in row] for row in which.tolist()]
+
+
+def _nearest_part(corpus: Corpus, blocks: Tensor, k: int, transpose: int,
+                  bar: tqdm) -> tuple[Tensor, ...]:
+    """Distances, recordings, frames and transpositions, each `[Q, k]`."""
+    weights = semitone_bands(corpus.store.cfg).to(blocks.device)
+    rows = 255 * weights @ blocks
+    middle = slice(transpose, len(weights) - transpose)
+    which, shift, frame = _candidates(corpus, rows, k, transpose, middle, bar)
+    fine = _patterns(rows, transpose)
+    distance, frame = _placed(corpus, fine, which, shift, frame, weights[middle], bar)
+    piece = torch.tensor(corpus.piece_of, device=which.device)[which]
+    distance, order = _one_of_each(distance, piece, k)
+    return distance, *(x.gather(1, order) for x in (which, frame, shift - transpose))
+
 # %% ../nbs/09c_novelty.ipynb #570d4f4a
 def novelty_ratio(neighbours: Neighbours | Tensor) -> Tensor:
-    """The nearest distance over the mean of the next k - 1, `[Q]` (Eq. (ratio); Carlini et al. 2023, section 5.1).
+    """The nearest distance over the mean of the next k - 1, `[Q]` (Eq. (ratio); Carlini
+    et al. 2023, section 5.1).
 
-    Near 1 for a block like many others, near 0 for a copy; 1 where all k distances are 0. `neighbours` may also be
-    distances `[Q, k]`, ascending. Raises ValueError for k < 2, distances that are not ascending, negative or NaN.
+    Near 1 for a block like many others, near 0 for a copy; 1 where all k distances are
+    0. `neighbours` may also be distances `[Q, k]`, ascending. Raises ValueError for k <
+    2, distances that are not ascending, negative or NaN.
     """
     distance = neighbours.distance if isinstance(neighbours, Neighbours) else neighbours
     if distance.ndim != 2 or distance.shape[1] < 2:
@@ -460,7 +477,9 @@ def novelty_ratio(neighbours: Neighbours | Tensor) -> Tensor:
 
 # %% ../nbs/09c_novelty.ipynb #cb0bd391
 class Pair(NamedTuple):
-    """A block and the passage nearest to it: raised by `transposition` semitones, `recording` from `frame` on."""
+    """A block and the passage nearest to it: raised by `transposition` semitones,
+    `recording` from `frame` on.
+    """
 
     query: int
     recording: str
@@ -471,7 +490,9 @@ class Pair(NamedTuple):
 
 
 def closest_pairs(neighbours: Neighbours, n: int = 5) -> list[Pair]:
-    """The n blocks with the lowest ratios, lowest first, each with its nearest passage (`Corpus.block` gives it)."""
+    """The n blocks with the lowest ratios, lowest first, each with its nearest passage
+    (`Corpus.block` gives it).
+    """
     ratio = novelty_ratio(neighbours)
     return [Pair(q, neighbours.recording[q][0], int(neighbours.frame[q, 0]), int(neighbours.transposition[q, 0]),
                  float(neighbours.distance[q, 0]), float(ratio[q])) for q in ratio.argsort(stable=True)[:n].tolist()]
@@ -486,9 +507,11 @@ def _wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
 
 
 def _mann_whitney(g: Tensor, h: Tensor) -> tuple[float, float]:
-    """The chance that a value of g `[n]` is below one of h `[m]`, and the one-sided p-value of so high a chance.
+    """The chance that a value of g `[n]` is below one of h `[m]`, and the one-sided
+    p-value of so high a chance.
 
-    Mann and Whitney 1947, with the normal approximation and its corrections for ties and continuity.
+    Mann and Whitney 1947, with the normal approximation and its corrections for ties
+    and continuity.
     """
     n, m, ordered = len(g), len(h), h.sort().values
     above = n * m - (torch.searchsorted(ordered, g) + torch.searchsorted(ordered, g, right=True)).sum().item() / 2
@@ -512,11 +535,14 @@ class Calibration(NamedTuple):
 
 
 def calibrate(generated: Tensor, held_out: Tensor, *, quantile: float = 0.01, confidence: float = 0.95) -> Calibration:
-    """Judge ratios `[Q]` of generated blocks by those `[H]` of held-out ones, of which `quantile` are suspicious.
+    """Judge ratios `[Q]` of generated blocks by those `[H]` of held-out ones, of which
+    `quantile` are suspicious.
 
-    The threshold is the floor(quantile (H + 1))-th lowest held-out ratio; the interval is Wilson's (1927), AUC and
-    p-value are Mann and Whitney's (1947), with the normal approximation and its corrections for ties and continuity.
-    Raises ValueError for fewer held-out blocks than the quantile needs, no generated ones, NaN or shares not in (0, 1).
+    The threshold is the floor(quantile (H + 1))-th lowest held-out ratio; the interval
+    is Wilson's (1927), AUC and p-value are Mann and Whitney's (1947), with the normal
+    approximation and its corrections for ties and continuity. Raises ValueError for
+    fewer held-out blocks than the quantile needs, no generated ones, NaN or shares not
+    in (0, 1).
     """
     g, h = generated.double(), held_out.double()
     if g.ndim != 1 or h.ndim != 1 or not len(g) or not (g.isfinite().all() and h.isfinite().all()):
@@ -546,11 +572,13 @@ def _check_vectors(queries: Tensor, corpus: Tensor, groups: Tensor | None) -> No
 @torch.no_grad()
 def nearest_vectors(queries: Tensor, corpus: Tensor, *, k: int = 10, groups: Tensor | None = None, chunk: int = 2**25,
                     device: str | torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Euclidean distances `[Q, k]`, ascending, and indices `[Q, k]` of the vectors of `[N, D]` nearest to `[Q, D]`.
+    """Euclidean distances `[Q, k]`, ascending, and indices `[Q, k]` of the vectors of
+    `[N, D]` nearest to `[Q, D]`.
 
-    With `groups` `[N]`, integers, only the nearest vector of each group counts. Exact, in float64; at most `chunk`
-    distances are held at a time (but those of one query). `device` is a GPU if there is one. Raises ValueError for
-    shapes that don't fit, values that are not finite, and a k beyond the number of vectors or groups.
+    With `groups` `[N]`, integers, only the nearest vector of each group counts. Exact,
+    in float64; at most `chunk` distances are held at a time (but those of one query).
+    `device` is a GPU if there is one. Raises ValueError for shapes that don't fit,
+    values that are not finite, and a k beyond the number of vectors or groups.
     """
     _check_vectors(queries, corpus, groups)
     labels = torch.arange(len(corpus)) if groups is None else groups.cpu()
@@ -629,7 +657,8 @@ def novelty(
 # %% ../nbs/09c_novelty.ipynb #561f8faf
 @in_style
 def plot_novelty(found: dict[str, dict[str, Any]]) -> Figure:
-    """Distributions of the novelty ratio by search; copies lie left of the threshold."""
+    """Distributions of the novelty ratio by search; copies lie left of the threshold.
+    """
     figure, axes = new_axes(1, len(found))
     for ax, (name, search) in zip(axes[0], found.items(), strict=True):
         for row, ratios in search["ratios"].items():

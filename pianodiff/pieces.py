@@ -81,7 +81,8 @@ class Pieces(Sequence[Piece]):
 
     @cached_property
     def specs(self) -> Tensor:
-        """All blocks as spectrograms `[N, n_bins, n_frames]`, cut from whole pieces'."""
+        """All blocks as spectrograms `[N, n_bins, n_frames]`, cut from whole pieces'.
+        """
         width = self.cfg.n_frames
         wholes = [to_spectrogram(piece.wave, self.cfg) for piece in self.items]
         return torch.cat([spec.unfold(1, width, width).transpose(0, 1)
@@ -135,7 +136,9 @@ def _first(blocks: int, pieces: Iterable[Piece],
 
 # %% ../nbs/09d_pieces.ipynb #260a804b
 def _one_of_each_title_first(titles: Sequence[str], seed: int) -> list[int]:
-    """The indices in a random order, in which no title comes a second time before all have come once."""
+    """The indices in a random order, in which no title comes a second time before all
+    have come once.
+    """
     rounds, seen = {}, Counter[str]()
     order = torch.randperm(len(titles), generator=torch.Generator().manual_seed(seed)).tolist()
     for i in order:
@@ -442,7 +445,9 @@ in_style = style.context("pianodiff.book")
 
 def new_axes(rows: int = 1, columns: int = 1,
              height: float = 2.6) -> tuple[Figure, np.ndarray]:
-    """A figure of the book's width, `height` inches high, and its axes `[rows, columns]`."""
+    """A figure of the book's width, `height` inches high, and its axes `[rows,
+    columns]`.
+    """
     figure = Figure(figsize=(7.5, height))
     return figure, figure.subplots(rows, columns, squeeze=False)
 

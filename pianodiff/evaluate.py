@@ -52,9 +52,10 @@ def training_curves(log: str | os.PathLike) -> tuple[Tensor, dict[str, Tensor]]:
                 for row in csv.DictReader(file)]
     rows = [row for row in rows if len(row) > 1 and all(row.values())]
     if not rows:
-        raise ValueError(f"{path} holds no validation yet; train longer, or validate more "
-                         "often (--eval-images)")
-    columns = {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
+        raise ValueError(f"{path} holds no validation yet; train longer, or validate "
+                         "more often (--eval-images)")
+    columns = {name: torch.tensor([float(row[name]) for row in rows])
+               for name in rows[0]}
     images = columns.pop("images")
     return images, {name.removeprefix("val_"): loss for name, loss in columns.items()}
 
@@ -70,11 +71,14 @@ def plot_training(run: str | os.PathLike, most: int = 4) -> Figure:
     path = Path(run) / "log.csv" if Path(run).is_dir() else Path(run)
     images, losses = training_curves(path)
     samples = sorted((path.parent / "samples").glob("*.png"), key=lambda p: int(p.stem))
-    chosen = np.linspace(0, len(samples) - 1, min(most, len(samples))).round().astype(int)
+    count = min(most, len(samples))
+    chosen = np.linspace(0, len(samples) - 1, count).round().astype(int)
     figure, axes = new_axes(1 + len(chosen), height=3 + 2.8 * len(chosen))
-    colours = colormaps["magma"](np.linspace(0.1, 0.85, len(losses)))  # brighter: noisier
+    # brighter: noisier
+    colours = colormaps["magma"](np.linspace(0.1, 0.85, len(losses)))
     for (sigma, loss), colour in zip(losses.items(), colours, strict=True):
-        axes[0, 0].plot(images, loss, "o-", ms=3, color=colour, label=rf"$\sigma$ = {sigma}")
+        axes[0, 0].plot(images, loss, "o-", ms=3, color=colour,
+                        label=rf"$\sigma$ = {sigma}")
     axes[0, 0].set(xlabel="blocks seen", ylabel="validation loss", yscale="log")
     by_decades(axes[0, 0].yaxis)
     axes[0, 0].legend(bbox_to_anchor=(1, 1), loc="upper left")
@@ -211,8 +215,8 @@ def _sound(folder: str | os.PathLike, cfg: SpectrogramConfig) -> Pieces:
     """The pieces of a folder of sound; ValueError if they hold too few blocks."""
     pieces = read_pieces(folder, cfg)
     if pieces.blocks < _LEAST:
-        raise ValueError(f"{folder} holds {pieces.blocks} blocks of {cfg.block_seconds} s; "
-                         f"give {_LEAST} or more")
+        raise ValueError(f"{folder} holds {pieces.blocks} blocks of "
+                         f"{cfg.block_seconds} s; give {_LEAST} or more")
     return pieces
 
 
@@ -231,9 +235,9 @@ def _sections(comparison: Comparison, embeddings: Sequence[Any],
 
 def _check(blocks: int, transpose: int, seed: int, embeddings: Sequence[str]) -> None:
     if blocks < 1 or transpose < 0 or seed < 0 or not embeddings:
-        raise ValueError("blocks must be at least 1, transpose and seed at least 0, and an "
-                         f"embedding be named; not {blocks}, {transpose}, {seed} and "
-                         f"{', '.join(embeddings) or 'none'}")
+        raise ValueError("blocks must be at least 1, transpose and seed at least 0, "
+                         f"and an embedding be named; not {blocks}, {transpose}, "
+                         f"{seed} and {', '.join(embeddings) or 'none'}")
 
 # %% ../nbs/09_evaluate.ipynb #95aaa4ba
 def evaluate(

@@ -28,7 +28,8 @@ def join_positions(length: int, cfg: SpectrogramConfig) -> Tensor:
     Raises ValueError if it is shorter than two blocks.
     """
     if length < 2 * cfg.block_samples:
-        raise ValueError(f"{length} samples hold no join; give at least two blocks ({2 * cfg.block_samples} samples)")
+        raise ValueError(f"{length} samples hold no join; give at least two blocks "
+                         f"({2 * cfg.block_samples} samples)")
     return torch.arange(1, length // cfg.block_samples) * cfg.block_samples
 
 
@@ -39,16 +40,21 @@ def inside_positions(length: int, cfg: SpectrogramConfig) -> Tensor:
     Raises ValueError if it is shorter than a block.
     """
     if length < cfg.block_samples:
-        raise ValueError(f"{length} samples hold no whole block; give at least {cfg.block_samples}")
-    return torch.arange(length // cfg.block_samples) * cfg.block_samples + cfg.block_samples // 2
+        raise ValueError(f"{length} samples hold no whole block; give at least "
+                         f"{cfg.block_samples}")
+    return (torch.arange(length // cfg.block_samples) * cfg.block_samples
+            + cfg.block_samples // 2)
 
 # %% ../nbs/09e_joins.ipynb #1eb84c3c
 JOIN_MEASURES = {
-    "flux": "mean absolute change of the rows' level from 32 ms before to 32 ms after (dB)",
+    "flux": "mean absolute change of the rows' level from 32 ms before to 32 ms after "
+            "(dB)",
     "level_jump": "weighted median of those changes, absolute (dB)",
-    "chroma": "cosine of the pitch classes' salience in the half seconds before and after; a break lowers it",
+    "chroma": "cosine of the pitch classes' salience in the half seconds before and "
+              "after; a break lowers it",
     "click": "matched linear-prediction error over its median in 0.256 s (dB)",
-    "residue": "what phase retrieval leaves over, where the spectrogram is known: see `retrieval_residue` (dB)",
+    "residue": "what phase retrieval leaves over, where the spectrogram is known: see "
+               "`retrieval_residue` (dB)",
 }
 
 # %% ../nbs/09e_joins.ipynb #5f137496
@@ -162,7 +168,8 @@ def excess(at_joins: Tensor, inside: Tensor, *, resamples: int = 1000,
     counts = []
     for n in (len(x), len(y)):
         draws = torch.randint(n, (resamples, n), generator=generator)
-        counts.append(torch.stack([row.bincount(minlength=n) for row in draws]).double())
+        times = [row.bincount(minlength=n) for row in draws]
+        counts.append(torch.stack(times).double())
     drawn = ((counts[0] @ wins) * counts[1]).sum(1) / wins.numel()
     low, high = drawn.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return Excess(float(wins.mean()), low, high)
@@ -274,10 +281,11 @@ def plot_seams(table: dict[str, dict[str, dict[str, float]]]) -> Figure:
                 ax.plot([row[name]["low"], row[name]["high"]], [y, y], "C0")
                 ax.plot(row[name]["auc"], y, "oC0")
         ax.axvline(0.5, color="0.6", ls=":")
-        ax.set(xlim=(-0.05, 1.05), ylim=(len(table) - 0.5, -0.5), yticks=range(len(table)),
-               yticklabels=list(table) if ax is axes[0, 0] else [],
-               title=name.replace("_", " "))
-    figure.supxlabel("probability that a join shows more than a middle", fontsize="small")
+        ax.set(xlim=(-0.05, 1.05), ylim=(len(table) - 0.5, -0.5),
+               yticks=range(len(table)), yticklabels=list(table)
+               if ax is axes[0, 0] else [], title=name.replace("_", " "))
+    figure.supxlabel("probability that a join shows more than a middle",
+                     fontsize="small")
     return figure
 
 # %% ../nbs/09e_joins.ipynb #5e0c7b22

@@ -33,10 +33,12 @@ def note_templates(cfg: SpectrogramConfig) -> Tensor:
     1/n; each is spread over the main lobe of the Hann window, and where several meet
     their powers add. What lies above half the rate is left out.
     """
-    pitch, n = torch.arange(21, 109, dtype=torch.float64), torch.arange(1, 31, dtype=torch.float64)[:, None]
+    pitch = torch.arange(21, 109, dtype=torch.float64)
+    n = torch.arange(1, 31, dtype=torch.float64)[:, None]
     B = (0.0926 * pitch - 13.64).exp() + (-0.0847 * pitch - 5.82).exp()
     f = n * 440 * 2 ** ((pitch - 69) / 12) * (1 + B * n**2).sqrt()
-    x = f * cfg.n_fft / cfg.sample_rate - torch.arange(cfg.n_bins)[:, None, None]  # rows off the partial
+    # rows off the partial
+    x = f * cfg.n_fft / cfg.sample_rate - torch.arange(cfg.n_bins)[:, None, None]
     lobe = (x.sinc() + 0.5 * (x - 1).sinc() + 0.5 * (x + 1).sinc()) * (x.abs() < 2)
     return (lobe / n * (f < cfg.sample_rate / 2)).square().sum(1).sqrt().float()
 
@@ -51,12 +53,15 @@ def note_salience(spec: Tensor, cfg: SpectrogramConfig, *, n_iter: int = 20) -> 
     beyond 4 kHz and is always 0. Raises ValueError for another number of rows and for
     values not finite.
     """
-    magnitude = to_magnitude(spec, cfg)[..., :-1, :] / cfg.reference - 10 ** (-cfg.top_db / 20)  # 0 at the floor
+    # 0 at the floor
+    magnitude = (to_magnitude(spec, cfg)[..., :-1, :] / cfg.reference
+                 - 10 ** (-cfg.top_db / 20))
     rows = magnitude.clamp(min=0).sqrt().movedim(-2, 0)
     v, w = rows.reshape(cfg.n_bins, -1), note_templates(cfg).to(rows).sqrt()
     h = w.T @ v / (w.T @ w.sum(1, keepdim=True)).clamp(min=1e-9)
     for _ in range(n_iter):
-        h = h * (w.T @ (v / (w @ h).clamp(min=1e-9))) / w.sum(0)[:, None].clamp(min=1e-9)
+        h = (h * (w.T @ (v / (w @ h).clamp(min=1e-9)))
+             / w.sum(0)[:, None].clamp(min=1e-9))
     return h.square().reshape(88, *rows.shape[1:]).movedim(0, -2)
 
 # %% ../nbs/09b_music.ipynb #55f2b1ff
@@ -70,7 +75,8 @@ def sounding_notes(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
     salience = note_salience(spec, cfg)
     flat = salience.reshape(-1, 88, salience.shape[-1])
     peak = F.max_pool2d(flat, (3, 1), 1, (1, 0)).reshape(salience.shape)
-    least = (10 ** (-30 / 20) * salience.amax((-2, -1), keepdim=True)).clamp(min=10 ** (-60 / 20))
+    least = 10 ** (-30 / 20) * salience.amax((-2, -1), keepdim=True)
+    least = least.clamp(min=10 ** (-60 / 20))
     return (salience == peak) & (salience >= least)
 
 # %% ../nbs/09b_music.ipynb #beb2a22f
@@ -80,9 +86,10 @@ def _onset_frames(spec: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]
     """
     rate = cfg.sample_rate / cfg.hop_length  # frames a second
     lag, near, far = (max(1, round(seconds * rate)) for seconds in (0.032, 0.03, 0.2))
-    flux = cfg.top_db * F.pad((spec[..., lag:] - spec[..., :-lag]).clamp(min=0).mean(-2), (lag, 0))
-    highest = F.max_pool1d(flux[:, None], 2 * near + 1, 1, near)[:, 0]
-    mean = F.avg_pool1d(flux[:, None], 2 * far + 1, 1, far, count_include_pad=False)[:, 0]
+    rise = (spec[..., lag:] - spec[..., :-lag]).clamp(min=0).mean(-2)
+    flux = cfg.top_db * F.pad(rise, (lag, 0))
+    highest = F.max_pool1d(flux, 2 * near + 1, 1, near)
+    mean = F.avg_pool1d(flux, 2 * far + 1, 1, far, count_include_pad=False)
     onset = (flux == highest) & (flux >= mean + 1.0)
     onset[:, : math.ceil(0.05 * rate)] = False
     onset[:, 1:] &= ~onset[:, :-1]  # two equal neighbours are one onset
@@ -97,10 +104,13 @@ def find_onsets(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
     another shape, values that are not finite, and less than 0.1 s.
     """
     if spec.ndim != 2 or len(spec) != cfg.n_bins or not spec.isfinite().all():
-        raise ValueError(f"a finite spectrogram [{cfg.n_bins}, frames] is needed, not one of shape {list(spec.shape)}")
+        raise ValueError(f"a finite spectrogram [{cfg.n_bins}, frames] is needed, "
+                         f"not one of shape {list(spec.shape)}")
     if spec.shape[1] * cfg.hop_length < 0.1 * cfg.sample_rate:
-        raise ValueError(f"{spec.shape[1]} frames are too few to find onsets in; give at least 0.1 s")
-    return _onset_frames(spec[None], cfg)[0][0].nonzero()[:, 0] * (cfg.hop_length / cfg.sample_rate)
+        raise ValueError(f"{spec.shape[1]} frames are too few to find onsets in; "
+                         "give at least 0.1 s")
+    onset, _ = _onset_frames(spec[None], cfg)
+    return onset[0].nonzero()[:, 0] * (cfg.hop_length / cfg.sample_rate)
 
 # %% ../nbs/09b_music.ipynb #d3500236
 STATISTICS = {
@@ -108,11 +118,13 @@ STATISTICS = {
     "inter_onset": "median time from one onset to the next (s)",
     "polyphony": "mean number of notes that sound while any does",
     "register": "median pitch of the notes that sound (MIDI number, 60 = C4)",
-    "key_clarity": "largest correlation of the pitch classes' durations with the 24 Krumhansl-Kessler keys",
+    "key_clarity": "largest correlation of the pitch classes' durations with the 24 "
+                   "Krumhansl-Kessler keys",
     "silence": "share of the frames below -50 dBFS",
     "dynamic_range": "from the 10th to the 90th percentile of the frames' level (dB)",
     "level": "root mean square of the wave (dBFS)",
-    "flatness": "geometric over arithmetic mean of the power spectrum, mean of the frames that are not silent (dB)",
+    "flatness": "geometric over arithmetic mean of the power spectrum, mean of the "
+                "frames that are not silent (dB)",
 }
 SILENT = -50.0  # dBFS
 KEY_PROFILES = torch.tensor([  # C major and C minor: Krumhansl and Kessler 1982
@@ -138,16 +150,20 @@ def _of_notes(spec: Tensor, length: int, cfg: SpectrogramConfig) -> dict[str, Te
     """The statistics of notes `[N]`, and `pitch_classes` `[N, 12]`, of spectrograms of
     waves of `length` samples.
     """
-    onsets, sounding = _onset_frames(spec, cfg)[0], sounding_notes(spec, cfg)
-    gaps, nan = [row.nonzero()[:, 0].diff().float() for row in onsets], torch.tensor(torch.nan, device=spec.device)
-    notes, duration = sounding.sum(1).float(), sounding.sum(2).float()
+    onsets, _ = _onset_frames(spec, cfg)
+    sounding = sounding_notes(spec, cfg)
+    gaps = [row.nonzero()[:, 0].diff().float() for row in onsets]
+    nan = torch.tensor(torch.nan, device=spec.device)
+    medians = torch.stack([gap.quantile(0.5) if len(gap) else nan for gap in gaps])
+    notes = sounding.sum(1).float()
+    duration = sounding.sum(2).float()
     half = duration.cumsum(1) >= duration.sum(1, keepdim=True) / 2
+    register = 21.0 + half.float().argmax(1)
     return {
         "notes_per_second": onsets.sum(1) * (cfg.sample_rate / length),
-        "inter_onset": torch.stack([gap.quantile(0.5) if len(gap) else nan for gap in gaps])
-        * (cfg.hop_length / cfg.sample_rate),
+        "inter_onset": medians * (cfg.hop_length / cfg.sample_rate),
         "polyphony": notes.sum(1) / (notes > 0).sum(1),
-        "register": (21.0 + half.float().argmax(1)).masked_fill(duration.sum(1) == 0, torch.nan),
+        "register": register.masked_fill(duration.sum(1) == 0, torch.nan),
         "key_clarity": _key_clarity(by_class(duration)),
         "pitch_classes": by_class(duration) * (cfg.hop_length / cfg.sample_rate),
     }
@@ -155,27 +171,33 @@ def _of_notes(spec: Tensor, length: int, cfg: SpectrogramConfig) -> dict[str, Te
 
 def _of_level(waves: Tensor, spec: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
     """The statistics of level `[N]` of waves `[N, T]` and their spectrograms."""
+    floor = 10 ** (-cfg.top_db / 10)
     power = (to_magnitude(spec, cfg)[:, :-1] / cfg.reference).square()
-    audible = (power - 10 ** (-cfg.top_db / 10)).clamp(min=0).sum(1) / 3  # 1.5 rows wide, and a sine has power 1/2
-    frame_level = 10 * audible.clamp(min=10 ** (-cfg.top_db / 10)).log10()
+    # 1.5 rows wide, and a sine has power 1/2
+    audible = (power - floor).clamp(min=0).sum(1) / 3
+    frame_level = 10 * audible.clamp(min=floor).log10()
     silent = frame_level < SILENT
-    flatness = 10 * (power.log10().mean(1) - power.mean(1).log10()).masked_fill(silent, torch.nan)
+    flatness = 10 * (power.log10().mean(1) - power.mean(1).log10())
+    flatness = flatness.masked_fill(silent, torch.nan)
     low, high = frame_level.quantile(torch.tensor([0.1, 0.9]).to(frame_level), dim=1)
     return {
         "silence": silent.float().mean(1),
         "dynamic_range": high - low,
-        "level": 10 * waves.square().mean(1).clamp(min=10 ** (-cfg.top_db / 10)).log10(),
+        "level": 10 * waves.square().mean(1).clamp(min=floor).log10(),
         "flatness": flatness.nanmean(1),
     }
 
 # %% ../nbs/09b_music.ipynb #06bed795
 def _check_waves(waves: Tensor, cfg: SpectrogramConfig) -> None:
     if waves.ndim != 2 or not waves.is_floating_point() or not len(waves):
-        raise ValueError(f"floating-point waves [N, T] are needed, not {waves.dtype} {list(waves.shape)}")
+        raise ValueError(f"floating-point waves [N, T] are needed, not {waves.dtype} "
+                         f"{list(waves.shape)}")
     if waves.shape[1] < cfg.block_samples:
-        raise ValueError(f"the waves have {waves.shape[1]} samples; give at least one block ({cfg.block_samples})")
+        raise ValueError(f"the waves have {waves.shape[1]} samples; give at least "
+                         f"one block ({cfg.block_samples})")
     if bad := int((~waves.isfinite().all(1)).sum()):
-        raise ValueError(f"{bad} of {len(waves)} waves hold NaN or infinite samples; leave them out")
+        raise ValueError(f"{bad} of {len(waves)} waves hold NaN or infinite samples; "
+                         "leave them out")
 
 
 def _measure(waves: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
@@ -194,7 +216,8 @@ def measure(waves: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
     block, and NaN.
     """
     _check_waves(waves, cfg)
-    parts = [_measure(part, cfg) for part in waves.float().split(16)]  # what a processor's cache can hold
+    # what a processor's cache can hold
+    parts = [_measure(part, cfg) for part in waves.float().split(16)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -219,11 +242,13 @@ def statistic_distance(x: Tensor, y: Tensor) -> float:
     """
     x, y = (t[~t.isnan()].double().sort().values for t in (x.flatten(), y.flatten()))
     if len(y) < 2:
-        raise ValueError(f"the reference has {len(y)} values that are numbers; give at least 2")
+        raise ValueError(f"the reference has {len(y)} values that are numbers; give "
+                         "at least 2")
     if not len(x):
         return math.nan
     edges = torch.cat([x, y]).sort().values
-    F_x, F_y = (torch.searchsorted(t, edges[:-1].contiguous(), right=True).double() / len(t) for t in (x, y))
+    F_x, F_y = (torch.searchsorted(t, edges[:-1].contiguous(), right=True).double()
+                / len(t) for t in (x, y))
     area, std = float(((F_x - F_y).abs() * edges.diff()).sum()), float(y.std())
     return area / std if std else math.inf if area else 0.0
 
@@ -279,7 +304,8 @@ def music_section(comparison: Comparison) -> Section:
     reference = comparison.reference
 
     def measured(clips: Tensor) -> dict[str, Tensor]:
-        return concatenated(in_order(partial(measure, cfg=reference.cfg), clips.split(64)))
+        return concatenated(in_order(partial(measure, cfg=reference.cfg),
+                                     clips.split(64)))
 
     typical = measured(reference.clips)
     values = {name: measured(row.clips) for name, row in comparison.rows.items()}
@@ -323,8 +349,10 @@ def trend(values: Tensor) -> Trend:
     y, known = values.double(), ~values.isnan()
     y, known = y[known.sum(1) >= 2], known[known.sum(1) >= 2]
     if len(y) < 2:
-        raise ValueError(f"{len(y)} pieces have a slope; give at least 2 pieces with 2 values each")
-    k = torch.arange(y.shape[1], device=y.device).double().expand_as(y).masked_fill(~known, torch.nan)
+        raise ValueError(f"{len(y)} pieces have a slope; give at least 2 pieces with "
+                         "2 values each")
+    k = torch.arange(y.shape[1], device=y.device).double().expand_as(y)
+    k = k.masked_fill(~known, torch.nan)
     x = (k - k.nanmean(1, keepdim=True)).nan_to_num()
     slopes = (x * y.nan_to_num()).sum(1) / x.square().sum(1)
     mean, error = float(slopes.mean()), float(slopes.std()) / math.sqrt(len(slopes))
@@ -345,7 +373,8 @@ def course(pieces: Pieces) -> dict[str, Tensor]:
 # %% ../nbs/09b_music.ipynb #45a88fcd
 @in_style
 def plot_drift(values: dict[str, dict[str, Tensor]],
-               names: Sequence[str] = ("level", "notes_per_second", "register")) -> Figure:
+               names: Sequence[str] = ("level", "notes_per_second",
+                                       "register")) -> Figure:
     """Statistics `[P, K]` over the index of the block: median and middle half."""
     figure, axes = new_axes(1, len(names))
     quarters = torch.tensor([0.25, 0.5, 0.75])

@@ -32,7 +32,8 @@ from .files import ahead, cached, single_threaded
 from .pieces import Comparison, Pieces, Section, in_style, new_axes
 
 # %% ../nbs/09c_novelty.ipynb #f6d906ac
-LOWEST_PITCH = 33  # MIDI number of A1, 55 Hz: below, one row of the spectrogram is a fifth wide and more
+# MIDI number of A1, 55 Hz: below, one row of the spectrogram is a fifth wide and more
+LOWEST_PITCH = 33
 
 
 def semitone_bands(cfg: SpectrogramConfig) -> Tensor:
@@ -44,13 +45,18 @@ def semitone_bands(cfg: SpectrogramConfig) -> Tensor:
     """
     highest = math.floor(69 + 12 * math.log2(cfg.sample_rate / 2 / 440))
     if highest < LOWEST_PITCH:
-        raise ValueError(f"a sample rate of {cfg.sample_rate} Hz leaves no semitone above 55 Hz; use a higher one")
-    pitch = torch.arange(LOWEST_PITCH, highest + 1)[:, None] + (torch.arange(32) + 0.5) / 32 - 0.5
-    row = (440 * 2 ** ((pitch.double() - 69) / 12) * cfg.n_fft / cfg.sample_rate).clamp(max=cfg.n_bins - 1)
-    return (1 - (row[..., None] - torch.arange(cfg.n_bins)).abs()).clamp(min=0).mean(1).float()
+        raise ValueError(f"a sample rate of {cfg.sample_rate} Hz leaves no semitone "
+                         "above 55 Hz; use a higher one")
+    pitch = (torch.arange(LOWEST_PITCH, highest + 1)[:, None] + (torch.arange(32) + 0.5)
+             / 32 - 0.5)
+    hertz = 440 * 2 ** ((pitch.double() - 69) / 12)
+    row = (hertz * cfg.n_fft / cfg.sample_rate).clamp(max=cfg.n_bins - 1)
+    distance = (row[..., None] - torch.arange(cfg.n_bins)).abs()
+    return (1 - distance).clamp(min=0).mean(1).float()
 
 # %% ../nbs/09c_novelty.ipynb #1f2c68eb
-_FLAT = 1.0  # standard deviation, in steps of the store's 255, below which there is no pattern
+# standard deviation, in steps of the store's 255, below which there is no pattern
+_FLAT = 1.0
 
 
 def _norm(x: Tensor, width: int) -> Tensor:
@@ -71,7 +77,8 @@ def _patterns(rows: Tensor, transpose: int) -> Tensor:
     when it is raised by t semitones.
     """
     kept = rows.shape[1] - 2 * transpose
-    x = torch.stack([rows[:, lowest : lowest + kept] for lowest in range(2 * transpose + 1)], 1)
+    x = torch.stack([rows[:, lowest : lowest + kept]
+                     for lowest in range(2 * transpose + 1)], 1)
     return (x - x.mean((-2, -1), keepdim=True)) / _norm(x, x.shape[-1])[..., None]
 
 # %% ../nbs/09c_novelty.ipynb #f19050ad
@@ -86,14 +93,17 @@ def _search(bands: Tensor, stretches: Sequence[tuple[int, int]], patterns: Tenso
     """
     queries, shifts, _, width = patterns.shape
     weight = torch.fft.rfft(patterns.flatten(0, 1), 8 * width).permute(2, 0, 1)
-    weight = weight.contiguous().conj_physical_()  # laid out once, [frequencies, Q*S, rows]
+    # laid out once, [frequencies, Q*S, rows]
+    weight = weight.contiguous().conj_physical_()
 
     def search(stretch: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         begin, end = stretch
         part = bands[begin:end].to(patterns.device, patterns.dtype).T
         cosine = _cosines(part, weight, width)
-        value, best = cosine.unflatten(0, (queries, shifts)).transpose(1, 2).flatten(2).max(2)
-        return value.T, best.T.short(), begin + (7 * width + 1) * torch.arange(len(value[0]))
+        cosine = cosine.unflatten(0, (queries, shifts)).transpose(1, 2)
+        value, best = cosine.flatten(2).max(2)
+        return value.T, best.T.short(), begin + (7 * width
+                                                 + 1) * torch.arange(len(value[0]))
 
     found = []
     with single_threaded() as jobs:
@@ -124,7 +134,8 @@ def _cosines(x: Tensor, weight: Tensor, width: int) -> Tensor:
     return cosine
 
 # %% ../nbs/09c_novelty.ipynb #f8503666
-def _place(codes: Tensor, first: Tensor, patterns: Tensor, weights: Tensor, slack: int) -> tuple[Tensor, Tensor]:
+def _place(codes: Tensor, first: Tensor, patterns: Tensor, weights: Tensor,
+           slack: int) -> tuple[Tensor, Tensor]:
     """Cosine `[m]` and frame `[m]` of the best window of codes `[frames, n_bins]`
     within `slack` of `first` `[m]`.
     """
@@ -132,14 +143,18 @@ def _place(codes: Tensor, first: Tensor, patterns: Tensor, weights: Tensor, slac
     low = (first - slack).clamp(0, len(codes) - span)
     found = []
     for start, pattern in zip(low.split(256), patterns.split(256), strict=True):
-        x = weights @ codes[start[:, None] + torch.arange(span, device=start.device)].mT.to(weights.dtype)
-        product = [(x[..., shift : shift + width] * pattern).sum((1, 2)) for shift in range(span - width + 1)]
+        around = start[:, None] + torch.arange(span, device=start.device)
+        x = weights @ codes[around].mT.to(weights.dtype)
+        product = [(x[..., shift : shift + width] * pattern).sum((1, 2))
+                   for shift in range(span - width + 1)]
         found.append((torch.stack(product, 1) / _norm(x, width)).max(1))
-    return torch.cat([f.values for f in found]), low + torch.cat([f.indices for f in found])
+    return torch.cat([f.values
+                      for f in found]), low + torch.cat([f.indices for f in found])
 
 # %% ../nbs/09c_novelty.ipynb #495ac84c
 _VERSION = 2  # of what a corpus holds; a cache of another version is not read
-_STRETCH = 4068  # windows that are searched at once: nine minutes of music, 36 transforms
+# windows that are searched at once: nine minutes of music, 36 transforms
+_STRETCH = 4068
 
 
 def _piece(recording: dict[str, Any]) -> str:
@@ -155,8 +170,8 @@ def _array(group: zarr.Group, recording: str) -> Any:
     try:
         return group[recording]
     except KeyError as error:
-        raise FileNotFoundError(f"the store {group.store_path} lacks {recording}; copy it "
-                                "again, or run the same `pianodiff prepare` "
+        raise FileNotFoundError(f"the store {group.store_path} lacks {recording}; "
+                                "copy it again, or run the same `pianodiff prepare` "
                                 "again") from error
 
 # %% ../nbs/09c_novelty.ipynb #de389fc5
@@ -166,7 +181,8 @@ def _by_group(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
     starts = torch.tensor([0, *sizes[:-1]], device=values.device).cumsum(0)
     found = [part.min(1) for part in values.split(list(sizes), 1)]
-    return torch.stack([f.values for f in found], 1), torch.stack([f.indices for f in found], 1) + starts
+    return torch.stack([f.values for f in found],
+                       1), torch.stack([f.indices for f in found], 1) + starts
 
 # %% ../nbs/09c_novelty.ipynb #f35c7e73
 def _heard(levels: Tensor) -> Tensor:
@@ -176,19 +192,24 @@ def _heard(levels: Tensor) -> Tensor:
     return LogMel.points(levels - levels.mean((-2, -1), keepdim=True))
 
 
-def _digested(array: Any, weights: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
+def _digested(array: Any, weights: Tensor,
+              cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
     """Of one recording, read in slabs of 8192 columns: its bands, a column every `step`
     frames, uint8 `[columns, bands]`; and the points `[P, D]` of its passages, one every
     half block.
     """
     step, bands, levels = _step(cfg), [], []
     for begin in range(0, array.shape[0], 8192 * step):
-        for part in torch.from_numpy(array[begin : begin + 8192 * step]).split(64 * step):  # what a cache can hold
+        # what a cache can hold
+        for part in torch.from_numpy(array[begin : begin + 8192 * step]).split(64
+                                                                               * step):
             codes = part.float()
-            columns = codes[: len(codes) // step * step].unflatten(0, (-1, step)).mean(1)
+            whole = codes[: len(codes) // step * step]
+            columns = whole.unflatten(0, (-1, step)).mean(1)
             bands.append((columns @ weights.T).round().to(torch.uint8))
             levels.append(LogMel.levels(codes.T.div_(255), cfg))
-    passages = torch.cat(levels, 1).unfold(1, cfg.n_frames, max(1, cfg.n_frames // 2)).movedim(1, 0)
+    hop = max(1, cfg.n_frames // 2)
+    passages = torch.cat(levels, 1).unfold(1, cfg.n_frames, hop).movedim(1, 0)
     return torch.cat(bands), torch.cat([_heard(part) for part in passages.split(64)])
 
 # %% ../nbs/09c_novelty.ipynb #f1a9bb82
@@ -213,7 +234,8 @@ def _cache_path(folder: str | os.PathLike, store: Store, split: str,
     """The file of a corpus: its name depends on all that the corpus is made of."""
     facts = [_VERSION, split, asdict(store.cfg), store.mean, store.std, recordings]
     text = json.dumps(facts, sort_keys=True)
-    return Path(folder) / f"corpus-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+    return (Path(folder)
+            / f"corpus-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors")
 
 # %% ../nbs/09c_novelty.ipynb #f275ff9f
 @dataclass(frozen=True)
@@ -232,7 +254,8 @@ class Neighbours:
 
     def __getitem__(self, blocks: slice) -> "Neighbours":
         """The neighbours of some of the blocks."""
-        return Neighbours(self.distance[blocks], self.recording[blocks], self.frame[blocks], self.transposition[blocks])
+        return Neighbours(self.distance[blocks], self.recording[blocks],
+                          self.frame[blocks], self.transposition[blocks])
 
 # %% ../nbs/09c_novelty.ipynb #e707b307
 def _one_of_each(distance: Tensor, piece: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -242,7 +265,8 @@ def _one_of_each(distance: Tensor, piece: Tensor, k: int) -> tuple[Tensor, Tenso
     distance, order = distance.sort(dim=1, stable=True)
     piece = piece.gather(1, order)
     repeated = (piece[:, :, None] == piece[:, None, :]).tril(-1).any(2)
-    distance, first = distance.masked_fill(repeated, float("inf")).sort(dim=1, stable=True)
+    distance, first = distance.masked_fill(repeated, float("inf")).sort(dim=1,
+                                                                        stable=True)
     return distance[:, :k], order.gather(1, first)[:, :k]
 
 # %% ../nbs/09c_novelty.ipynb #8acac2db
@@ -252,8 +276,10 @@ class Corpus:
 
     store: Store
     split: str
-    recordings: tuple[dict[str, Any], ...]  # sorted by piece, each a block long or longer
-    bands: Tensor  # uint8 [columns, bands]: recordings in a row, a column every `step` frames
+    # sorted by piece, each a block long or longer
+    recordings: tuple[dict[str, Any], ...]
+    # uint8 [columns, bands]: recordings in a row, a column every `step` frames
+    bands: Tensor
     points: Tensor  # [passages, D]: LogMel's, in the same order, one every half block
 
     @classmethod
@@ -334,12 +360,13 @@ def _passage(corpus: Corpus, recording: str, frame: int) -> Tensor:
 def _check_query(corpus: Corpus, blocks: Tensor, k: int, transpose: int = 0) -> None:
     cfg = corpus.store.cfg
     bands = corpus.bands.shape[1]
-    if blocks.ndim != 3 or blocks.shape[1:] != (cfg.n_bins, cfg.n_frames) or not len(blocks):
+    if blocks.ndim != 3 or blocks.shape[1:] != (cfg.n_bins,
+                                                cfg.n_frames) or not len(blocks):
         raise ValueError(f"blocks [Q, {cfg.n_bins}, {cfg.n_frames}] are needed, "
                          f"not {list(blocks.shape)}")
     if not ((blocks >= 0) & (blocks <= 1)).all():
-        raise ValueError("the blocks hold NaN or values outside [0, 1]; give spectrograms "
-                         "as `to_spectrogram` does")
+        raise ValueError("the blocks hold NaN or values outside [0, 1]; give "
+                         "spectrograms as `to_spectrogram` does")
     if not 1 <= k <= corpus.pieces:
         raise ValueError(f"k is {k}, but the corpus holds {corpus.pieces} pieces: "
                          f"choose k from 1 to {corpus.pieces}")
@@ -469,9 +496,11 @@ def novelty_ratio(neighbours: Neighbours | Tensor) -> Tensor:
     """
     distance = neighbours.distance if isinstance(neighbours, Neighbours) else neighbours
     if distance.ndim != 2 or distance.shape[1] < 2:
-        raise ValueError(f"distances [Q, k] with k of 2 or more are needed, not {list(distance.shape)}")
+        raise ValueError("distances [Q, k] with k of 2 or more are needed, not "
+                         f"{list(distance.shape)}")
     if not ((distance.diff(dim=1) >= 0).all() and (distance >= 0).all()):
-        raise ValueError("the distances are not ascending from 0 or hold NaN; give those of `nearest`")
+        raise ValueError("the distances are not ascending from 0 or hold NaN; give "
+                         "those of `nearest`")
     further = distance[:, 1:].mean(1)
     return torch.where(further > 0, distance[:, 0] / further, 1.0)
 
@@ -494,8 +523,9 @@ def closest_pairs(neighbours: Neighbours, n: int = 5) -> list[Pair]:
     (`Corpus.block` gives it).
     """
     ratio = novelty_ratio(neighbours)
-    return [Pair(q, neighbours.recording[q][0], int(neighbours.frame[q, 0]), int(neighbours.transposition[q, 0]),
-                 float(neighbours.distance[q, 0]), float(ratio[q])) for q in ratio.argsort(stable=True)[:n].tolist()]
+    return [Pair(q, neighbours.recording[q][0], int(neighbours.frame[q, 0]),
+                 int(neighbours.transposition[q, 0]), float(neighbours.distance[q, 0]),
+                 float(ratio[q])) for q in ratio.argsort(stable=True)[:n].tolist()]
 
 # %% ../nbs/09c_novelty.ipynb #0964796c
 def _wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
@@ -514,10 +544,13 @@ def _mann_whitney(g: Tensor, h: Tensor) -> tuple[float, float]:
     and continuity.
     """
     n, m, ordered = len(g), len(h), h.sort().values
-    above = n * m - (torch.searchsorted(ordered, g) + torch.searchsorted(ordered, g, right=True)).sum().item() / 2
+    ranks = torch.searchsorted(ordered, g) + torch.searchsorted(ordered, g, right=True)
+    above = n * m - ranks.sum().item() / 2
     ties = torch.cat([g, h]).unique(return_counts=True)[1].double()
-    variance = n * m / 12 * (n + m + 1 - float((ties**3 - ties).sum()) / ((n + m) * (n + m - 1)))
-    p_value = NormalDist().cdf(-(above - n * m / 2 - 0.5) / math.sqrt(variance)) if variance > 0 else 1.0
+    variance = (n * m / 12
+                * (n + m + 1 - float((ties**3 - ties).sum()) / ((n + m) * (n + m - 1))))
+    p_value = (NormalDist().cdf(-(above - n * m / 2 - 0.5) / math.sqrt(variance))
+               if variance > 0 else 1.0)
     return above / (n * m), p_value
 
 # %% ../nbs/09c_novelty.ipynb #5d26a440
@@ -525,16 +558,19 @@ class Calibration(NamedTuple):
     """How generated ratios compare with held-out ones: see `calibrate`."""
 
     threshold: float  # a ratio at or below it is suspicious
-    expected: float  # share of blocks that would be, if generated were like held-out ones
+    # share of blocks that would be, if generated were like held-out ones
+    expected: float
     share: float  # of generated blocks that are
     low: float  # Wilson's interval of the share
     high: float
     auc: float  # chance that a generated ratio is below a held-out one
-    p_value: float  # one-sided: chance of such an AUC or a higher one between like samples
+    # one-sided: chance of such an AUC or a higher one between like samples
+    p_value: float
     suspicious: list[int]  # their indices, lowest ratio first
 
 
-def calibrate(generated: Tensor, held_out: Tensor, *, quantile: float = 0.01, confidence: float = 0.95) -> Calibration:
+def calibrate(generated: Tensor, held_out: Tensor, *, quantile: float = 0.01,
+              confidence: float = 0.95) -> Calibration:
     """Judge ratios `[Q]` of generated blocks by those `[H]` of held-out ones, of which
     `quantile` are suspicious.
 
@@ -545,32 +581,42 @@ def calibrate(generated: Tensor, held_out: Tensor, *, quantile: float = 0.01, co
     in (0, 1).
     """
     g, h = generated.double(), held_out.double()
-    if g.ndim != 1 or h.ndim != 1 or not len(g) or not (g.isfinite().all() and h.isfinite().all()):
-        raise ValueError(f"finite ratios [Q] and [H] are needed, not {list(g.shape)} and {list(h.shape)} or NaN")
+    if g.ndim != 1 or h.ndim != 1 or not len(g) or not (g.isfinite().all()
+                                                        and h.isfinite().all()):
+        raise ValueError(f"finite ratios [Q] and [H] are needed, not {list(g.shape)} "
+                         f"and {list(h.shape)} or NaN")
     if not (0 < quantile < 1 and 0 < confidence < 1):
-        raise ValueError(f"quantile {quantile} and confidence {confidence} must lie between 0 and 1")
+        raise ValueError(f"quantile {quantile} and confidence {confidence} must lie "
+                         "between 0 and 1")
     rank = math.floor(quantile * (len(h) + 1) * (1 + 1e-12))
     if rank < 1:
-        raise ValueError(f"a quantile of {quantile:g} needs {math.ceil(1 / quantile) - 1} held-out blocks, not "
+        raise ValueError(f"a quantile of {quantile:g} needs "
+                         f"{math.ceil(1 / quantile) - 1} held-out blocks, not "
                          f"{len(h)}; give more, or a larger quantile")
     threshold = float(h.sort().values[rank - 1])
     suspicious = [i for i in g.argsort(stable=True).tolist() if g[i] <= threshold]
     share = len(suspicious) / len(g)
-    return Calibration(threshold, rank / (len(h) + 1), share, *_wilson(share, len(g), confidence),
-                       *_mann_whitney(g, h), suspicious)
+    return Calibration(threshold, rank / (len(h) + 1), share,
+                       *_wilson(share, len(g), confidence), *_mann_whitney(g, h),
+                       suspicious)
 
 # %% ../nbs/09c_novelty.ipynb #a1087464
 def _check_vectors(queries: Tensor, corpus: Tensor, groups: Tensor | None) -> None:
-    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1] or not len(queries):
-        raise ValueError(f"vectors [Q, D] and [N, D] are needed, not {list(queries.shape)} and {list(corpus.shape)}")
+    matrices = queries.ndim == corpus.ndim == 2
+    if not matrices or queries.shape[1] != corpus.shape[1] or not len(queries):
+        raise ValueError("vectors [Q, D] and [N, D] are needed, not "
+                         f"{list(queries.shape)} and {list(corpus.shape)}")
     if not (queries.isfinite().all() and corpus.isfinite().all()):
-        raise ValueError("the vectors hold NaN or infinite values; embed those sounds again")
+        raise ValueError("the vectors hold NaN or infinite values; embed those "
+                         "sounds again")
     if groups is not None and groups.shape != corpus.shape[:1]:
-        raise ValueError(f"groups [{len(corpus)}] are needed, one for each vector, not {list(groups.shape)}")
+        raise ValueError(f"groups [{len(corpus)}] are needed, one for each vector, "
+                         f"not {list(groups.shape)}")
 
 
 @torch.no_grad()
-def nearest_vectors(queries: Tensor, corpus: Tensor, *, k: int = 10, groups: Tensor | None = None, chunk: int = 2**25,
+def nearest_vectors(queries: Tensor, corpus: Tensor, *, k: int = 10,
+                    groups: Tensor | None = None, chunk: int = 2**25,
                     device: str | torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Euclidean distances `[Q, k]`, ascending, and indices `[Q, k]` of the vectors of
     `[N, D]` nearest to `[Q, D]`.
@@ -582,22 +628,27 @@ def nearest_vectors(queries: Tensor, corpus: Tensor, *, k: int = 10, groups: Ten
     """
     _check_vectors(queries, corpus, groups)
     labels = torch.arange(len(corpus)) if groups is None else groups.cpu()
-    order, sizes = labels.argsort(stable=True), labels.unique(return_counts=True)[1].tolist()
+    order = labels.argsort(stable=True)
+    sizes = labels.unique(return_counts=True)[1].tolist()
     if not 1 <= k <= len(sizes):
-        raise ValueError(f"k is {k}, but there are {len(sizes)} vectors or groups: choose k from 1 to {len(sizes)}")
+        raise ValueError(f"k is {k}, but there are {len(sizes)} vectors or groups: "
+                         f"choose k from 1 to {len(sizes)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     order, c, found = order.to(device), corpus[order].to(device, torch.float64), []
     square = c.square().sum(1)
     for part in queries.split(max(1, chunk // len(corpus))):
         q = part.to(device, torch.float64)
-        distance = torch.addmm(square, q, c.T, alpha=-2)  # Eq. (expanded) without |q|^2, which doesn't change the order
+        # Eq. (expanded) without |q|^2, which doesn't change the order
+        distance = torch.addmm(square, q, c.T, alpha=-2)
         if groups is None:
             column = distance.topk(k, largest=False).indices
         else:
             best, column = _by_group(distance, sizes)
             column = column.gather(1, best.topk(k, largest=False).indices)
-        exact, again = torch.linalg.vector_norm(q[:, None] - c[column], dim=2).sort(dim=1, stable=True)
-        found.append((exact.to(queries.dtype).cpu(), order[column.gather(1, again)].cpu()))
+        exact = torch.linalg.vector_norm(q[:, None] - c[column], dim=2)
+        exact, again = exact.sort(dim=1, stable=True)
+        found.append((exact.to(queries.dtype).cpu(),
+                      order[column.gather(1, again)].cpu()))
     distances, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
     return distances, indices
 
@@ -662,7 +713,8 @@ def plot_novelty(found: dict[str, dict[str, Any]]) -> Figure:
     figure, axes = new_axes(1, len(found))
     for ax, (name, search) in zip(axes[0], found.items(), strict=True):
         for row, ratios in search["ratios"].items():
-            ax.hist(ratios, np.linspace(0, 1.02, 52), density=True, alpha=0.6, label=row)
+            ax.hist(ratios, np.linspace(0, 1.02, 52), density=True, alpha=0.6,
+                    label=row)
         ax.axvline(search["verdict"]["threshold"], color="k", ls=":", label="threshold")
         ax.set(xlabel=f"nearest / mean of the next, by {name}", yticks=[])
     axes[0, 0].legend(loc="upper left")
@@ -695,5 +747,6 @@ def novelty_section(comparison: Comparison, training: str | os.PathLike, transpo
             waves = [to_wave(spec, cfg, generator=torch.Generator().manual_seed(0))
                      for spec in pair]
             figures[f"{search} {i}"] = plot_pair(*pair, cfg)
-            sounds[f"{search} {i}"] = [*zip(("generated", "training"), waves, strict=True)]
+            sounds[f"{search} {i}"] = [*zip(("generated", "training"), waves,
+                                            strict=True)]
     return Section({"novelty": found}, figures, sounds)

@@ -41,7 +41,8 @@ class Piece(NamedTuple):
     name: str
     title: str
     wave: Tensor  # [blocks * block_samples]
-    spec: Tensor | None = None  # [n_bins, blocks * n_frames], if the wave was made of it
+    # [n_bins, blocks * n_frames], if the wave was made of it
+    spec: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +141,8 @@ def _one_of_each_title_first(titles: Sequence[str], seed: int) -> list[int]:
     have come once.
     """
     rounds, seen = {}, Counter[str]()
-    order = torch.randperm(len(titles), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(titles), generator=generator).tolist()
     for i in order:
         rounds[i] = seen[titles[i]]
         seen[titles[i]] += 1
@@ -248,7 +250,8 @@ def _key(model: Path, *settings: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-_TOGETHER = 5  # pieces made side by side: on every machine, since rounding depends on it
+# pieces made side by side: on every machine, since rounding depends on it
+_TOGETHER = 5
 
 
 def _batch(piano: Piano, path: Path, blocks: int, seeds: range, sampling: Sampling,

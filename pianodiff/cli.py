@@ -397,7 +397,7 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
 
 def _print_results(results: dict[str, Any], out: Path) -> None:
     """The distances, and what was compared in which time."""
-    from pianodiff.evaluate import farther
+    from pianodiff.distance import farther
 
     for name, table in results["distances"].items():
         figures = ", ".join(f"{row} {values['frechet']:.4g}"

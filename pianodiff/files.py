@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'write_whole', 'whole_folder', 'load_tensors', 'save_tensors', 'cached', 'check_complete', 'ahead',
-           'single_threaded', 'seed_of', 'generator']
+           'single_threaded', 'in_order', 'seed_of', 'generator']
 
 # %% ../nbs/16_files.ipynb #5ac849b9
 import contextlib
@@ -194,6 +194,15 @@ def single_threaded() -> Iterator[int]:
         yield os.cpu_count() or 1
     finally:
         torch.set_num_threads(threads)
+
+# %% ../nbs/16_files.ipynb #1503c88c
+def in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """function(item) of each item, in the items' order, made on all cores.
+
+    Each call computes in one thread. At most two items a core are begun ahead of use.
+    """
+    with single_threaded() as jobs:
+        yield from ahead(function, items, jobs)
 
 # %% ../nbs/16_files.ipynb #a9576428
 def seed_of(*key: int) -> int:

@@ -58,3 +58,17 @@ def prose(chapter: Path) -> str:
     """The text of a chapter, without its code."""
     cells = nbformat.read(chapter, as_version=4).cells
     return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+@pytest.fixture(scope="session")
+def music(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders of sound: "real", ten takes of four blocks, and "made", four others of three."""
+    from pianodiff.audio import save_audio
+    from pianodiff.synth import example_performance
+
+    home = tmp_path_factory.mktemp("music")
+    for folder, seeds, seconds in (("real", range(10), 8.5), ("made", range(40, 44), 6.5)):
+        (home / folder).mkdir()
+        for seed in seeds:
+            save_audio(home / folder / f"take {seed:02}.flac", example_performance(seconds, seed))
+    return home

@@ -37,10 +37,12 @@ MAY_IMPORT = {
     "train": {"data", "edm", "files", "model", "recipe", "terminal", "unet"},
     "sampler": {"edm"},
     "generate": {"audio", "edm", "files", "model", "sampler", "unet"},
-    "distance": {"audio", "files"},
-    "music": {"audio"},
-    "novelty": {"audio", "data", "distance", "files"},
-    "evaluate": {"audio", "data", "distance", "files", "generate", "model", "music", "novelty"},
+    "pieces": {"audio", "data", "files", "generate", "model"},
+    "distance": {"audio", "files", "pieces"},
+    "music": {"audio", "files", "pieces"},
+    "joins": {"audio", "files", "music", "pieces"},
+    "novelty": {"audio", "data", "distance", "files", "pieces"},
+    "evaluate": {"audio", "data", "distance", "files", "generate", "joins", "music", "novelty", "pieces"},
     "show": {"audio"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

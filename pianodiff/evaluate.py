@@ -45,7 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
-from .audio import SpectrogramConfig, normalize_peak, to_mp3, to_spectrogram, to_wave
+from .audio import SpectrogramConfig, normalize_peak, to_mp3, to_spectrogram
 from .data import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, open_store, read_recording
 from pianodiff.distance import (
     Embedding,
@@ -75,6 +75,7 @@ from pianodiff.music import (
     trend,
 )
 from .novelty import Corpus, calibrate, closest_pairs, novelty_ratio
+from .phases import to_wave
 
 # %% ../nbs/09_evaluate.ipynb #daa95370
 class Piece(NamedTuple):

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 from torch import Tensor
 
-from .audio import SpectrogramConfig, to_magnitude, to_spectrogram, to_wave
+from .audio import SpectrogramConfig, to_magnitude, to_spectrogram
+from .phases import to_wave
 
 # %% ../nbs/09b_music.ipynb #48be4259
 @cache

@@ -8,7 +8,7 @@ from scipy.stats import t as student
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_spectrogram, to_wave
+from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_spectrogram
 from pianodiff.music import (
     JOIN_MEASURES,
     STATISTICS,
@@ -28,6 +28,7 @@ from pianodiff.music import (
     statistic_distance,
     trend,
 )
+from pianodiff.phases import to_wave
 from pianodiff.synth import example_performance
 
 CFG = SpectrogramConfig()

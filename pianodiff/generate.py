@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
-from .audio import SpectrogramConfig, normalize_peak, stream_wave, to_spectrogram, to_wave
+from .audio import SpectrogramConfig, normalize_peak, to_spectrogram
 from .edm import Denoiser, karras_sigmas
 from .files import generator
 from .model import find_model, load_model, noise_levels, save_model
+from .phases import stream_wave, to_wave
 from pianodiff.sampler import (
     Denoise,
     dpmpp_2m_sample,

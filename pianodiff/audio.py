@@ -88,7 +88,7 @@ class Wave(Tensor):
 
     sample_rate: int
     seed: int | None
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain
 
     def __new__(cls, wave: Tensor, sample_rate: int = 8000, seed: int | None = None) -> "Wave":
         if wave.ndim != 1:
@@ -103,7 +103,7 @@ class Wave(Tensor):
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.clone()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         seed = "" if self.seed is None else f", seed {self.seed}"
         return f"Wave({len(self) / self.sample_rate:.3f} s at {self.sample_rate} Hz{seed})"
 

@@ -496,8 +496,7 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
 # %% ../nbs/06_train.ipynb #7f76db1b
 from .model import check_replaceable
 
-# %% ../nbs/06_train.ipynb #3f86aea5
-#| code-fold: true
+# %% ../nbs/06_train.ipynb #b8a31dd7
 try:
     import fcntl
 except ImportError:  # on Windows; runs aren't locked there

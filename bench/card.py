@@ -1,6 +1,7 @@
 """Writes what was measured of the shipped models into README, cards and book, between `<!-- models -->` marks.
 
-All of it comes from the files that training (config.json) and `pianodiff evaluate` (report.json) left beside the weights.
+All of it is read from the files that training (config.json) and `pianodiff evaluate` (report.json) left beside the
+weights.
 """
 
 import json

@@ -70,8 +70,7 @@ class TrainConfig:
         """The network to train."""
         return self.unet or PRESETS[self.preset]
 
-# %% ../nbs/06a_recipe.ipynb #598b6116
-#| code-fold: true
+# %% ../nbs/06a_recipe.ipynb #ccc961d0
 _POSITIVE = ("images", "batch_size", "lr", "P_std", "grad_clip", "workers",
              "eval_blocks", "eval_images", "log_images", "checkpoint_images",
              "snapshot_images")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import NUM_STEPS, SAMPLER
 from .audio import SpectrogramConfig, to_mp3
-from .data import find_recordings, open_store
+from .data import open_store
 from .distance import distance_section, farther, load_embedding
 from .files import write_whole
 from .generate import Piano, Sampling
@@ -35,6 +35,7 @@ from .joins import JOIN_MEASURES, joins_section
 from .music import STATISTICS, drift_section, music_section
 from .novelty import novelty_section
 from .pieces import Comparison, Pieces, Section, by_decades, in_style, make_pieces, new_axes, read_pieces
+from .recordings import find_recordings
 
 # %% ../nbs/09_evaluate.ipynb #6488d84d
 def training_curves(log: str | os.PathLike) -> tuple[Tensor, dict[str, Tensor]]:

@@ -29,11 +29,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .audio import SpectrogramConfig, normalize_peak, to_spectrogram
-from .data import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, read_recording
 from .files import cached, in_order
 from .generate import Piano, Sampling
 from .model import find_model
 from .phases import to_wave
+from .recordings import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, read_recording
 
 # %% ../nbs/09d_pieces.ipynb #daa95370
 class Piece(NamedTuple):

@@ -35,8 +35,9 @@ from .pieces import Comparison, Pieces, Row, Section, by_decades, in_style, new_
 
 # %% ../nbs/09a_distance.ipynb #0a0c7d19
 def _check_points(x: Tensor) -> Tensor:
-    """`x` `[N, D]` in float64, on the CPU; ValueError unless it is finite and has that
-    shape, N > 0.
+    """`x` `[N, D]` in float64, on the CPU.
+
+    ValueError unless it is finite and has that shape, with N and D at least 1.
     """
     if x.ndim != 2 or not x.numel():
         raise ValueError("embeddings [N, D] are needed, with N and D at least 1, "
@@ -59,11 +60,10 @@ def _shrunk(cov: Tensor, n: int) -> Tensor:
 
 # %% ../nbs/09a_distance.ipynb #50d7c455
 class Moments:
-    """Mean and covariance of points in `dim` dimensions, gathered batch by batch in
-    float64 (Chan et al. 1983).
+    """Mean and covariance of points, gathered batch by batch in float64.
 
-    `n` is the number of points so far, `mean` `[D]` their mean, and `cov` `[D, D]`
-    their unbiased covariance.
+    After Chan et al. 1983. `n` is the number of points so far, `mean` `[D]` their mean,
+    and `cov` `[D, D]` their unbiased covariance.
     """
 
     def __init__(self, dim: int) -> None:
@@ -79,8 +79,9 @@ class Moments:
         return cls(x.shape[-1]).update(x)
 
     def update(self, x: Tensor) -> "Moments":
-        """Add the points `x` `[N, D]`, and return self. Raises ValueError for another D
-        and for NaN or infinity.
+        """Add the points `x` `[N, D]`, and return self.
+
+        Raises ValueError for another D and for NaN or infinity.
         """
         x = _check_points(x)
         if x.shape[1] != len(self.mean):
@@ -96,7 +97,9 @@ class Moments:
 
     @property
     def cov(self) -> Tensor:
-        """The unbiased covariance `[D, D]`. Raises ValueError for fewer than 2 points.
+        """The unbiased covariance `[D, D]`.
+
+        Raises ValueError for fewer than 2 points.
         """
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 clips, not {self.n}; "
@@ -105,8 +108,9 @@ class Moments:
 
     @property
     def root(self) -> Tensor:
-        """The symmetric square root `[D, D]` of the covariance, computed once. Raises
-        ValueError as `cov` does.
+        """The symmetric square root `[D, D]` of the covariance, computed once.
+
+        Raises ValueError as `cov` does.
         """
         if self._root is None:
             values, vectors = torch.linalg.eigh(self.cov)
@@ -114,8 +118,7 @@ class Moments:
         return self._root
 
     def shrunk(self) -> "Moments":
-        """A copy whose covariance is drawn towards a multiple of the identity, for when
-        points are few.
+        """A copy whose covariance is drawn towards a ball, for when points are few.
 
         Oracle approximating shrinkage (Chen et al. 2010, Eq. (23)), with n - 1 in the
         place of n, as the mean is estimated as well. The trace stays. Raises ValueError
@@ -136,8 +139,9 @@ def _frechet(a: Moments, b: Moments) -> float:
 
 def _check_pair(n: int, x_dim: int, reference: Moments,
                 full_rank: bool = False) -> None:
-    """ValueError for other dimensions or fewer than 2 points; a warning for fewer
-    points than dimensions.
+    """ValueError for other dimensions or fewer than 2 points.
+
+    A warning for no more points than dimensions.
     """
     if x_dim != len(reference.mean):
         raise ValueError(f"embeddings of {x_dim} and {len(reference.mean)} "
@@ -155,12 +159,12 @@ def _check_pair(n: int, x_dim: int, reference: Moments,
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """The Fréchet distance of two Gaussians, squared as is the custom: Eq. (37), in
-    float64; never negative.
+    """The Fréchet distance of two Gaussians, squared as is the custom: Eq. (37).
 
-    It is biased upwards, about as 1/N in the number of clips of either side. Raises
-    ValueError for other dimensions and for fewer than 2 clips; warns where clips are no
-    more than dimensions, unless that side has been `shrunk`.
+    In float64, and never negative. It is biased upwards, about as 1/N in the number of
+    clips of either side. Raises ValueError for other dimensions and for fewer than 2
+    clips; warns where clips are no more than dimensions, unless that side has been
+    `shrunk`.
     """
     _check_pair(a.n, len(a.mean), b, a._full_rank)
     return _frechet(a, b)
@@ -178,14 +182,14 @@ class Extrapolation:
 
 def frechet_infinity(x: Tensor, reference: Moments, *, num_sizes: int = 6,
                      repeats: int = 8, seed: int = 0) -> Extrapolation:
-    """The Fréchet distance of the points `x` `[N, D]`, extrapolated to infinite N
-    (Chong and Forsyth 2020).
+    """The Fréchet distance of the points `x` `[N, D]`, extrapolated to infinite N.
 
-    `num_sizes` sizes from N / 2 to N, evenly spaced in 1/N; at each the mean distance
-    of `repeats` random subsets; and a line by least squares. Unlike the distance, the
-    intercept may be negative, where there is no distance to be seen. The reference's
-    own bias remains. Raises ValueError as `frechet_distance` does and for fewer than 4
-    points; warns where the smallest subset has no more points than dimensions.
+    Chong and Forsyth 2020. `num_sizes` sizes from N / 2 to N, evenly spaced in 1/N; at
+    each the mean distance of `repeats` random subsets; and a line by least squares.
+    Unlike the distance, the intercept may be negative, where there is no distance to be
+    seen. The reference's own bias remains. Raises ValueError as `frechet_distance` does
+    and for fewer than 4 points; warns where the smallest subset has no more points than
+    dimensions.
     """
     x = _check_points(x)
     if len(x) < 4 or num_sizes < 2 or repeats < 1:
@@ -207,11 +211,10 @@ def frechet_infinity(x: Tensor, reference: Moments, *, num_sizes: int = 6,
 
 # %% ../nbs/09a_distance.ipynb #ff7379f7
 def median_distance(y: Tensor) -> float:
-    """The median distance between two of the points `y` `[N, D]`, at most 1,000 of
-    them, evenly chosen.
+    """The median distance between two of the points `y` `[N, D]`.
 
-    Raises ValueError for fewer than 2 points, for NaN, and where most of the points
-    coincide.
+    Of at most 1,000 of them, evenly chosen. Raises ValueError for fewer than 2 points,
+    for NaN, and where most of the points coincide.
     """
     y = _check_points(y)
     median = (float(torch.pdist(y[:: math.ceil(len(y) / 1000)]).median())
@@ -230,11 +233,10 @@ def _kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> float:
 
 def kernel_distance_to(y: Tensor, *,
                        bandwidth: float | None = None) -> Callable[[Tensor], float]:
-    """`kernel_distance` from the reference `y` `[M, D]`, as a function of x: what y
-    alone decides is computed once.
+    """`kernel_distance` from the reference `y` `[M, D]`, as a function of x.
 
-    Raises ValueError for fewer than 2 points, NaN, and a bandwidth that is not
-    positive; the function as `kernel_distance` does.
+    What y alone decides is computed once. Raises ValueError for fewer than 2 points,
+    NaN, and a bandwidth that is not positive; the function as `kernel_distance` does.
     """
     y = _check_points(y)
     h = median_distance(y) if bandwidth is None else bandwidth
@@ -263,14 +265,13 @@ def kernel_distance_to(y: Tensor, *,
 
 
 def kernel_distance(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> float:
-    """The squared maximum mean discrepancy of `x` `[N, D]` and `y` `[M, D]`, unbiased:
-    Gretton et al. 2012, Eq. (3).
+    """The squared maximum mean discrepancy of `x` `[N, D]` and `y` `[M, D]`.
 
-    The kernel is Gaussian, between 0 and 1; its `bandwidth` is the `median_distance` of
-    `y`, the reference, if not given. In float64; memory grows with N + M, not with
-    their product. Negative values are chance, and mean "no distance". Raises ValueError
-    for other dimensions, fewer than 2 points, NaN, and a bandwidth that is not
-    positive.
+    Unbiased: Gretton et al. 2012, Eq. (3). The kernel is Gaussian, between 0 and 1; its
+    `bandwidth` is the `median_distance` of `y`, the reference, if not given. In
+    float64; memory grows with N + M, not with their product. Negative values are
+    chance, and mean "no distance". Raises ValueError for other dimensions, fewer than 2
+    points, NaN, and a bandwidth that is not positive.
     """
     return kernel_distance_to(y, bandwidth=bandwidth)(x)
 
@@ -278,16 +279,15 @@ def kernel_distance(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> 
 def interval(statistic: Callable[[Tensor], float], x: Tensor, *,
              groups: Tensor | None = None, resamples: int = 100, level: float = 0.95,
              seed: int = 0) -> tuple[float, float]:
-    """A confidence interval for `statistic` of the population that `x` `[N, ...]` is
-    drawn from (Eq. (halves)).
+    """A confidence interval for a statistic of the population behind `x` `[N, ...]`.
 
-    The statistic is computed on `resamples` random halves of `x`, which give its spread
-    and take out a bias of order 1/N. So for a Fréchet distance the interval is about
-    that of infinitely many clips, and lies below the distance of `x` itself. It knows
-    nothing of chance in the reference. Clips of one recording are not independent:
-    `groups` `[N]` numbers the recordings, and halves of these are drawn. Raises
-    ValueError for groups of another length, fewer than 4 clips or groups, fewer than 2
-    resamples, or a level outside (0, 1).
+    Eq. (halves). The statistic is computed on `resamples` random halves of `x`, which
+    give its spread and take out a bias of order 1/N. So for a Fréchet distance the
+    interval is about that of infinitely many clips, and lies below the distance of `x`
+    itself. It knows nothing of chance in the reference. Clips of one recording are not
+    independent: `groups` `[N]` numbers the recordings, and halves of these are drawn.
+    Raises ValueError for groups of another length, fewer than 4 clips or groups, fewer
+    than 2 resamples, or a level outside (0, 1).
     """
     groups = torch.arange(len(x)) if groups is None else groups
     if groups.shape != x.shape[:1]:
@@ -317,15 +317,17 @@ class Embedding(Protocol):
     sample_rate: int  # Hz, of what it listens to; other rates are resampled to it
 
     def __call__(self, waves: Tensor, sample_rate: int) -> Tensor:
-        """Points `[N, D]` float32 of the clips `waves` `[N, T]`. Raises ValueError for
-        too short or not finite ones.
+        """Points `[N, D]` float32 of the clips `waves` `[N, T]`.
+
+        Raises ValueError for clips that are too short or not finite.
         """
         ...
 
 
 def _at_rate(waves: Tensor, sample_rate: int, wanted: int) -> Tensor:
-    """Clips `[N, T]` as float32 on the CPU, resampled by soxr; ValueError for another
-    shape, integers and NaN.
+    """Clips `[N, T]` as float32 on the CPU, resampled by soxr.
+
+    ValueError for another shape, integers and NaN.
     """
     if waves.ndim != 2 or not waves.numel() or not waves.is_floating_point():
         raise ValueError("floating-point clips [N, T] with N and T at least 1 are "
@@ -343,8 +345,9 @@ def _at_rate(waves: Tensor, sample_rate: int, wanted: int) -> Tensor:
 @cache
 def _mel_filters(bands: int, low: float, high: float, n_fft: int,
                  sample_rate: int) -> Tensor:
-    """Triangles `[n_fft//2 + 1, bands]`, straight and evenly spaced on HTK's mel scale
-    from `low` to `high` Hz.
+    """Triangles `[n_fft//2 + 1, bands]` from `low` to `high` Hz.
+
+    Straight and evenly spaced on HTK's mel scale.
     """
     mel = (1127
            * torch.log1p(torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None]
@@ -356,19 +359,19 @@ def _mel_filters(bands: int, low: float, high: float, n_fft: int,
 
 # %% ../nbs/09a_distance.ipynb #ef9ce01b
 class LogMel:
-    """Statistics of the level in 24 mel bands: mean, deviation, rises, falls over 32
-    ms; D = 96, in bels.
+    """Statistics of the level in 24 mel bands, in bels; D = 96.
 
-    Deterministic and without weights. Sees timbre, register, loudness and how sharply
-    notes begin and end; blind to harmony and to slow rhythm. At least 3 frames of 128
-    samples at 8 kHz are needed.
+    Mean, deviation, rises and falls over 32 ms. Deterministic and without weights. Sees
+    timbre, register, loudness and how sharply notes begin and end; blind to harmony and
+    to slow rhythm. At least 3 frames of 128 samples at 8 kHz are needed.
     """
 
     name, sample_rate = "logmel-24x4", 8000
 
     def __call__(self, waves: Tensor, sample_rate: int) -> Tensor:
-        """Points `[N, 96]` of the clips `[N, T]`; raises ValueError if they are too
-        short or not finite.
+        """Points `[N, 96]` of the clips `[N, T]`.
+
+        Raises ValueError if they are too short or not finite.
         """
         cfg = SpectrogramConfig()
         waves = _at_rate(waves, sample_rate, self.sample_rate)
@@ -379,8 +382,9 @@ class LogMel:
 
     @staticmethod
     def levels(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
-        """The bands' levels in bels `[..., 24, frames]` in a spectrogram `[..., n_bins,
-        frames]` in [0, 1].
+        """The bands' levels `[..., 24, frames]`, in bels.
+
+        Of a spectrogram `[..., n_bins, frames]` in [0, 1].
         """
         rate = cfg.sample_rate
         filters = _mel_filters(24, 27.5, rate / 2, cfg.n_fft, rate)[: cfg.n_bins]
@@ -401,11 +405,11 @@ _VGGISH_FILTERS = _mel_filters(64, 125, 7500, 512, 16000)
 
 
 def vggish_examples(waves: Tensor, sample_rate: int) -> Tensor:
-    """VGGish's input `[N, E, 96, 64]`, E examples of 0.96 s from each clip of `waves`
-    `[N, T]` (Hershey et al. 2017).
+    """VGGish's input `[N, E, 96, 64]` of the clips `waves` `[N, T]`.
 
-    As published with the network: log(magnitude in mel bands + 0.01), time by band.
-    Raises ValueError for clips shorter than 0.975 s and for not finite ones.
+    E examples of 0.96 s a clip (Hershey et al. 2017). As published with the network:
+    log(magnitude in mel bands + 0.01), time by band. Raises ValueError for clips
+    shorter than 0.975 s and for not finite ones.
     """
     waves = _at_rate(waves, sample_rate, 16000)
     if waves.shape[1] < 400 + 95 * 160:
@@ -448,12 +452,12 @@ def _vggish_layers() -> tuple[nn.Sequential, nn.Sequential]:
 
 # %% ../nbs/09a_distance.ipynb #bce6f97a
 class VGGish(nn.Module):
-    """VGGish in the layout of torchvggish's checkpoint; D = 128, the mean over a clip's
-    examples of 0.96 s.
+    """VGGish in the layout of torchvggish's checkpoint; D = 128.
 
-    Hershey et al. 2017, without a ReLU after the last layer and without PCA. New ones
-    have random weights; `load` reads trained ones. Warns once of mel bands that are
-    empty because the sound's rate is lower than 15 kHz.
+    A point is the mean over a clip's examples of 0.96 s. Hershey et al. 2017, without a
+    ReLU after the last layer and without PCA. New ones have random weights; `load`
+    reads trained ones. Warns once of mel bands that are empty because the sound's rate
+    is lower than 15 kHz.
     """
 
     URL = ("https://github.com/harritaylor/torchvggish/releases/download/v0.1/"
@@ -468,12 +472,12 @@ class VGGish(nn.Module):
     @classmethod
     def load(cls, file: str | os.PathLike[str] | None = None,
              device: str | None = None) -> "VGGish":
-        """The network with the weights in `file`, by default the public ones in
-        `torch.hub`'s cache.
+        """The network with the weights in `file`.
 
-        Nothing is downloaded, and nothing but tensors is unpickled. Its name ends in
-        the file's SHA-256's first eight digits: `vggish-10086976` for the public file.
-        Raises FileNotFoundError for a missing file, ValueError for another.
+        By default the public ones in `torch.hub`'s cache. Nothing is downloaded, and
+        nothing but tensors is unpickled. Its name ends in the file's SHA-256's first
+        eight digits: `vggish-10086976` for the public file. Raises FileNotFoundError
+        for a missing file, ValueError for another.
         """
         path = Path(file or Path(torch.hub.get_dir()) / "checkpoints"
                     / Path(cls.URL).name)
@@ -493,8 +497,9 @@ class VGGish(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves: Tensor, sample_rate: int) -> Tensor:
-        """Points `[N, 128]` float32 of the clips `[N, T]`; raises ValueError as
-        `vggish_examples` does.
+        """Points `[N, 128]` float32 of the clips `[N, T]`.
+
+        Raises ValueError as `vggish_examples` does.
         """
         if sample_rate < 2 * 7500 and not self._warned:
             # rows up to sample_rate / 2
@@ -512,8 +517,7 @@ class VGGish(nn.Module):
 
 # %% ../nbs/09a_distance.ipynb #0a0c7d21
 def _load_encoder(name: str) -> tuple[Any, Any, list[Tensor]]:
-    """A model's feature extractor, the model, and its trained tensors in the order of
-    their names.
+    """A model's feature extractor, the model, and its trained tensors by name.
 
     Raises what transformers raises, and ValueError for a file that lacks weights.
     """
@@ -539,8 +543,7 @@ def _load_encoder(name: str) -> tuple[Any, Any, list[Tensor]]:
 
 # %% ../nbs/09a_distance.ipynb #9d7987d3
 class Encoder:
-    """An audio encoder from the Hugging Face Hub or a local folder, through
-    `transformers`.
+    """An audio encoder from the Hugging Face Hub or a folder, by `transformers`.
 
     D is the model's. A CLAP-like model gives its audio embedding, any other the mean of
     its last layer over time. Needs `pip install pianodiff[embeddings]`. Raises
@@ -571,8 +574,9 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, waves: Tensor, sample_rate: int) -> Tensor:
-        """Points `[N, D]` float32 of the clips `[N, T]`; raises ValueError if they are
-        not finite or too long.
+        """Points `[N, D]` float32 of the clips `[N, T]`.
+
+        Raises ValueError if they are not finite or too long.
         """
         clips = list(_at_rate(waves, sample_rate, self.sample_rate).numpy())
         # CLAP's would cut longer ones, at random
@@ -591,9 +595,9 @@ class Encoder:
 
 # %% ../nbs/09a_distance.ipynb #3f0d2508
 def load_embedding(name: str, device: str | None = None) -> Embedding:
-    """The embedding called `name`: `logmel`; `vggish` or `vggish=FILE`; else a Hugging
-    Face name or a local folder.
+    """The embedding called `name`.
 
+    `logmel`; `vggish` or `vggish=FILE`; else a Hugging Face name or a local folder.
     `device` is for the networks: by default a GPU if there is one. Raises
     FileNotFoundError where VGGish's weights are missing, and ValueError for what can't
     be loaded, with the remedy.
@@ -724,9 +728,9 @@ def distances(rows: dict[str, Row], reference: Pieces, embedding: Embedding, *,
 # %% ../nbs/09a_distance.ipynb #86d06ff2
 def floors(real: Pieces, made: Tensor, embedding: Embedding, *, count: int = 20,
            cache: Path | None = None, seed: int = 0) -> dict[str, list[float]]:
-    """The Fréchet distances of N other `real` blocks, and of `made` `[N, T]`, from the
-    reference of each split.
+    """Fréchet distances over random splits of the `real` pieces.
 
+    Of N other real blocks, and of `made` `[N, T]`, from the reference of each split.
     `count` splits by `Pieces.split`, of the seeds from `seed` on. A split with too few
     blocks is left out.
     """
@@ -824,7 +828,9 @@ def _collected_warnings() -> Iterator[list[str]]:
 
 def distance_section(comparison: Comparison, embeddings: Sequence[Embedding],
                      cache: Path) -> Section:
-    """The distances of all rows and the floors, by embedding; `cache` keeps the points.
+    """The distances of all rows and the floors, by embedding.
+
+    The folder `cache` keeps the points.
     """
     rows = comparison.rows
     tables, splits = {}, {}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import NUM_STEPS, SAMPLER
 from .audio import SpectrogramConfig, to_mp3
-from .data import find_recordings, open_store
+from .data import open_store
 from .distance import distance_section, farther, load_embedding
 from .files import write_whole
 from .generate import Piano, Sampling
@@ -35,6 +35,7 @@ from .joins import JOIN_MEASURES, joins_section
 from .music import STATISTICS, drift_section, music_section
 from .novelty import novelty_section
 from .pieces import Comparison, Pieces, Section, by_decades, in_style, make_pieces, new_axes, read_pieces
+from .recordings import find_recordings
 
 # %% ../nbs/09_evaluate.ipynb #6488d84d
 def training_curves(log: str | os.PathLike) -> tuple[Tensor, dict[str, Tensor]]:
@@ -99,8 +100,7 @@ def _png(figure: Figure) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: no tensors, None for a number that isn't defined.
-    """
+    """The value as JSON can hold it: no tensors, None for an undefined number."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -179,10 +179,10 @@ def _is_sound(generated: str | os.PathLike) -> bool:
 
 def _spectrogram_of(generated: str | os.PathLike,
                     training: str | os.PathLike | None) -> SpectrogramConfig:
-    """The model's, or that of all models that ship; checked against the training
-    store's.
+    """The model's spectrogram, or that of all models that ship.
 
-    Raises FileNotFoundError or ValueError if one of the two can't be used.
+    It has to be that of the training store. Raises FileNotFoundError or ValueError if
+    one of the two can't be used.
     """
     cfg = SpectrogramConfig()
     if not _is_sound(generated):
@@ -250,19 +250,19 @@ def evaluate(
     cache: str | os.PathLike | None = None,
     soundfont: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
-    """Compare generated music with real music; write `out` (.html) and a .json beside
-    it.
+    """Compare generated music with real music, and write a report.
 
-    Returns what the JSON holds. `generated` is a model (a shipped name, a folder, or a
-    Hub id), which makes its pieces as `make_pieces` does, or a folder of sound files
-    that begin with a block. `reference` is a data set as `prepare` takes it, of which
-    `blocks` blocks of the `splits` (by default of all) are read, at most `most` of a
-    recording. `training` is the store that the model was trained on; without it there
-    is no search for copies, which also looks `transpose` semitones higher and lower.
-    `embeddings` are names for `load_embedding`. The folder `cache`, by default beside
-    `out`, keeps what was made and embedded. Equal seeds give equal figures. Raises
-    FileNotFoundError or ValueError for sources that can't be used or give too little,
-    OSError if nothing can be written.
+    The report is the page `out` (.html), and a .json beside it. Returns what the JSON
+    holds. `generated` is a model (a shipped name, a folder, or a Hub id), which makes
+    its pieces as `make_pieces` does, or a folder of sound files that begin with a
+    block. `reference` is a data set as `prepare` takes it, of which `blocks` blocks of
+    the `splits` (by default of all) are read, at most `most` of a recording. `training`
+    is the store that the model was trained on; without it there is no search for
+    copies, which also looks `transpose` semitones higher and lower. `embeddings` are
+    names for `load_embedding`. The folder `cache`, by default beside `out`, keeps what
+    was made and embedded. Equal seeds give equal figures. Raises FileNotFoundError or
+    ValueError for sources that can't be used or give too little, OSError if nothing can
+    be written.
     """
     _check(blocks, transpose, seed, embeddings)
     begin = time.perf_counter()

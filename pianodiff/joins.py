@@ -23,10 +23,10 @@ from .pieces import Comparison, Piece, Pieces, Section, in_style, invert, new_ax
 
 # %% ../nbs/09e_joins.ipynb #2d9c3309
 def join_positions(length: int, cfg: SpectrogramConfig) -> Tensor:
-    """Samples `[J]` at which one block ends and the next begins within a wave of
-    `length` samples.
+    """Samples `[J]` at which one block ends and the next begins.
 
-    Raises ValueError if it is shorter than two blocks.
+    Within a wave of `length` samples. Raises ValueError if it is shorter than two
+    blocks.
     """
     if length < 2 * cfg.block_samples:
         raise ValueError(f"{length} samples hold no join; give at least two blocks "
@@ -35,10 +35,10 @@ def join_positions(length: int, cfg: SpectrogramConfig) -> Tensor:
 
 
 def inside_positions(length: int, cfg: SpectrogramConfig) -> Tensor:
-    """Samples `[K]` half-way inside the whole blocks of a wave of `length` samples: the
-    controls of `join_positions`.
+    """Samples `[K]` half-way inside the whole blocks of a wave.
 
-    Raises ValueError if it is shorter than a block.
+    The controls of `join_positions`, for a wave of `length` samples. Raises ValueError
+    if it is shorter than a block.
     """
     if length < cfg.block_samples:
         raise ValueError(f"{length} samples hold no whole block; give at least "
@@ -66,8 +66,7 @@ def _windows(wave: Tensor, at: Tensor, half: int) -> Tensor:
 
 
 def _changes(short: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
-    """Flux and level jump, both `[J]` in dB, from before to after: windows `[J, 2, n]`.
-    """
+    """Flux and level jump, both `[J]` in dB, of windows `[J, 2, n]`."""
     window = torch.hann_window(short.shape[-1], device=short.device)
     amplitude = torch.fft.rfft(short * window).abs() * 2 / window.sum()
     levels = 20 * amplitude.clamp(min=10 ** (-cfg.top_db / 20)).log10()
@@ -78,7 +77,7 @@ def _changes(short: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
 
 
 def _harmony(long: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """The cosine `[J]` between the pitch classes before and after: windows `[J, 2, n]`.
+    """The cosine `[J]` of the pitch classes before and after, of windows `[J, 2, n]`.
     """
     salience = note_salience(to_spectrogram(long, cfg), cfg).sum(-1)
     left, right = by_class(salience).unbind(1)
@@ -122,10 +121,10 @@ def _check_positions(wave: Tensor, at: Tensor, half: int) -> None:
 @torch.no_grad()
 def join_measures(wave: Tensor, at: Sequence[int] | Tensor,
                   cfg: SpectrogramConfig) -> dict[str, Tensor]:
-    """What changes at positions `at` `[J]` (samples) of a wave `[T]`: `[J]` values of
-    each of the JOIN_MEASURES but the residue, which needs more than the sound.
+    """What changes at positions `at` `[J]` (samples) of a wave `[T]`.
 
-    Large values mean a break; for "chroma" small ones do, and it is NaN next to
+    `[J]` values of each of the JOIN_MEASURES but the residue, which needs more than the
+    sound. Large values mean a break; for "chroma" small ones do, and it is NaN next to
     silence. Raises ValueError for a wave of another shape or not finite, and for a
     position with less than half a second of sound on either side.
     """
@@ -178,12 +177,11 @@ def excess(at_joins: Tensor, inside: Tensor, *, resamples: int = 1000,
 # %% ../nbs/09e_joins.ipynb #f5ea6d4b
 def join(specs: Sequence[Tensor], cfg: SpectrogramConfig, *, n_iter: int = 20,
          generator: torch.Generator | None = None) -> Tensor:
-    """The sound `[T]` of blocks `[n_bins, n_frames]` in a row, joined as one
-    spectrogram and inverted once.
+    """The sound `[T]` of blocks in a row, joined and inverted as one.
 
-    The paper joins its blocks so (section III-E). `n_iter` iterations of phase
-    retrieval: 20 as in all evaluations; `Piano` takes 32. Raises ValueError for no
-    block and for blocks of another shape.
+    Blocks are spectrograms `[n_bins, n_frames]`. The paper joins its blocks so (section
+    III-E). `n_iter` iterations of phase retrieval: 20 as in all evaluations; `Piano`
+    takes 32. Raises ValueError for no block and for blocks of another shape.
     """
     if not len(specs):
         raise ValueError("there is no block to join; give at least one")
@@ -196,11 +194,11 @@ def join(specs: Sequence[Tensor], cfg: SpectrogramConfig, *, n_iter: int = 20,
 
 # %% ../nbs/09e_joins.ipynb #157c2454
 def retrieval_residue(spec: Tensor, wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """How far the wave `[frames * hop_length]` is from its spectrogram
-    `[n_bins, frames]`: dB `[frames]`, Eq. (residue).
+    """How far a wave is from its spectrogram: dB `[frames]`, Eq. (residue).
 
-    0 dB is as far as silence. Raises ValueError if the lengths differ and for values
-    that are not finite.
+    The wave is `[frames * hop_length]`, the spectrogram `[n_bins, frames]`. 0 dB is as
+    far as silence. Raises ValueError if the lengths differ and for values that are not
+    finite.
     """
     if spec.ndim != 2 or tuple(wave.shape) != (spec.shape[1] * cfg.hop_length,):
         raise ValueError(f"a spectrogram [{cfg.n_bins}, frames] and its wave "
@@ -225,11 +223,11 @@ def _both_sides(piece: Piece, cfg: SpectrogramConfig) -> list[dict[str, Tensor]]
 
 
 def seams(pieces: Pieces, seed: int = 0) -> dict[str, dict[str, float]]:
-    """For each of the JOIN_MEASURES the `excess` of joins over the middles of blocks,
-    and the medians `join` and `inside`.
+    """How surely each of the JOIN_MEASURES tells a join from the middle of a block.
 
-    Pieces of one block are left out; so is a measure that is defined at fewer than two
-    joins, and the residue where no spectrogram is known.
+    The `excess`, and the medians `join` and `inside`. Pieces of one block are left out;
+    so is a measure that is defined at fewer than two joins, and the residue where no
+    spectrogram is known.
     """
     cfg = pieces.cfg
     long = [piece for piece, size in zip(pieces, pieces.sizes, strict=True) if size > 1]

@@ -26,12 +26,12 @@ from .pieces import Comparison, Pieces, Section, in_style, new_axes
 # %% ../nbs/09b_music.ipynb #48be4259
 @cache
 def note_templates(cfg: SpectrogramConfig) -> Tensor:
-    """Magnitude `[n_bins, 88]` that each note from A0 to C8 leaves, its first partial a
-    full-scale sine (1 = 0 dB).
+    """Magnitude `[n_bins, 88]` that each note from A0 to C8 leaves.
 
-    Thirty partials at `n f_0 sqrt(1 + B n^2)`, with B as in Rigaud et al. 2013, fall as
-    1/n; each is spread over the main lobe of the Hann window, and where several meet
-    their powers add. What lies above half the rate is left out.
+    Its first partial is a full-scale sine (1 = 0 dB). Thirty partials at `n f_0 sqrt(1
+    + B n^2)`, with B as in Rigaud et al. 2013, fall as 1/n; each is spread over the
+    main lobe of the Hann window, and where several meet their powers add. What lies
+    above half the rate is left out.
     """
     pitch = torch.arange(21, 109, dtype=torch.float64)
     n = torch.arange(1, 31, dtype=torch.float64)[:, None]
@@ -44,14 +44,13 @@ def note_templates(cfg: SpectrogramConfig) -> Tensor:
 
 # %% ../nbs/09b_music.ipynb #8e7b0fe1
 def note_salience(spec: Tensor, cfg: SpectrogramConfig, *, n_iter: int = 20) -> Tensor:
-    """How strongly each note sounds, `[..., 88, frames]` from A0 to C8, in a
-    spectrogram `[..., n_bins, frames]`.
+    """How strongly each note sounds, `[..., 88, frames]` from A0 to C8.
 
-    The amplitude of the note's first partial, 1 for a full-scale sine: harmonic
-    summation, then `n_iter` updates of Eq. (salience) in which the notes compete for
-    the partials that they share (after Klapuri 2006; Lee and Seung 2001). C8 lies
-    beyond 4 kHz and is always 0. Raises ValueError for another number of rows and for
-    values not finite.
+    In a spectrogram `[..., n_bins, frames]`. The amplitude of the note's first partial,
+    1 for a full-scale sine: harmonic summation, then `n_iter` updates of Eq. (salience)
+    in which the notes compete for the partials that they share (after Klapuri 2006; Lee
+    and Seung 2001). C8 lies beyond 4 kHz and is always 0. Raises ValueError for another
+    number of rows and for values not finite.
     """
     # 0 at the floor
     magnitude = (to_magnitude(spec, cfg)[..., :-1, :] / cfg.reference
@@ -66,11 +65,11 @@ def note_salience(spec: Tensor, cfg: SpectrogramConfig, *, n_iter: int = 20) -> 
 
 # %% ../nbs/09b_music.ipynb #55f2b1ff
 def sounding_notes(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """Which notes sound, bool `[..., 88, frames]`, in a spectrogram `[..., n_bins,
-    frames]` of one clip each.
+    """Which notes sound, bool `[..., 88, frames]`.
 
-    A note sounds in a frame where its salience is no less than its neighbours', at
-    least -60 dB, and within 30 dB of the largest of the clip.
+    In a spectrogram `[..., n_bins, frames]` of one clip each. A note sounds in a frame
+    where its salience is no less than its neighbours', at least -60 dB, and within 30
+    dB of the largest of the clip.
     """
     salience = note_salience(spec, cfg)
     flat = salience.reshape(-1, 88, salience.shape[-1])
@@ -81,8 +80,9 @@ def sounding_notes(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
 
 # %% ../nbs/09b_music.ipynb #beb2a22f
 def _onset_frames(spec: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
-    """Onsets, bool `[N, frames]`, of spectrograms `[N, n_bins, frames]`; and their flux
-    in dB, Eq. (flux).
+    """Onsets, bool `[N, frames]`, and the flux in dB, Eq. (flux).
+
+    Of spectrograms `[N, n_bins, frames]`.
     """
     rate = cfg.sample_rate / cfg.hop_length  # frames a second
     lag, near, far = (max(1, round(seconds * rate)) for seconds in (0.032, 0.03, 0.2))
@@ -97,11 +97,11 @@ def _onset_frames(spec: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]
 
 
 def find_onsets(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """Seconds `[K]` at which notes are struck in a spectrogram `[n_bins, frames]`:
-    peaks of Eq. (flux).
+    """Seconds `[K]` at which notes are struck: peaks of Eq. (flux).
 
-    Chords count once, and two onsets are at least 30 ms apart. Raises ValueError for
-    another shape, values that are not finite, and less than 0.1 s.
+    In a spectrogram `[n_bins, frames]`. Chords count once, and two onsets are at least
+    30 ms apart. Raises ValueError for another shape, values that are not finite, and
+    less than 0.1 s.
     """
     if spec.ndim != 2 or len(spec) != cfg.n_bins or not spec.isfinite().all():
         raise ValueError(f"a finite spectrogram [{cfg.n_bins}, frames] is needed, "
@@ -138,8 +138,9 @@ def by_class(notes: Tensor) -> Tensor:
 
 
 def _key_clarity(classes: Tensor) -> Tensor:
-    """Largest correlation `[N]` of durations `[N, 12]` with a key; NaN where they are
-    all alike.
+    """Largest correlation `[N]` of durations `[N, 12]` with a key.
+
+    NaN where the durations are all alike.
     """
     keys = torch.cat([KEY_PROFILES.roll(shift, 1) for shift in range(12)]).to(classes)
     keys, x = (t - t.mean(1, keepdim=True) for t in (keys, classes))
@@ -147,8 +148,9 @@ def _key_clarity(classes: Tensor) -> Tensor:
 
 # %% ../nbs/09b_music.ipynb #4e860093
 def _of_notes(spec: Tensor, length: int, cfg: SpectrogramConfig) -> dict[str, Tensor]:
-    """The statistics of notes `[N]`, and `pitch_classes` `[N, 12]`, of spectrograms of
-    waves of `length` samples.
+    """The statistics of notes `[N]`, and `pitch_classes` `[N, 12]`.
+
+    Of spectrograms of waves of `length` samples.
     """
     onsets, _ = _onset_frames(spec, cfg)
     sounding = sounding_notes(spec, cfg)
@@ -208,9 +210,9 @@ def _measure(waves: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def measure(waves: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
-    """The STATISTICS of waves `[N, T]`: one value a clip and statistic, `[N]` each; and
-    `pitch_classes` `[N, 12]`, the seconds that notes of each class sound, from C to B.
+    """The STATISTICS of waves `[N, T]`, `[N]` each, and their `pitch_classes`.
 
+    The latter, `[N, 12]`, are the seconds that notes of each class sound, from C to B.
     NaN where one isn't defined: no note sounds, or fewer than two onsets. Levels have
     their floor at -top_db. Raises ValueError for another shape, waves shorter than a
     block, and NaN.
@@ -222,10 +224,10 @@ def measure(waves: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
 
 
 def pitch_profile(seconds: Tensor) -> Tensor:
-    """Share `[12]`, from C to B, that each pitch class has of all that sounds: of
-    `measure`'s pitch classes `[N, 12]`.
+    """Share `[12]`, from C to B, that each pitch class has of all that sounds.
 
-    The sum is 1. Raises ValueError if no note sounds at all.
+    Of `measure`'s pitch classes `[N, 12]`. The sum is 1. Raises ValueError if no note
+    sounds at all.
     """
     if not seconds.any():
         raise ValueError("no note sounds in these waves; give others")
@@ -233,12 +235,11 @@ def pitch_profile(seconds: Tensor) -> Tensor:
 
 # %% ../nbs/09b_music.ipynb #c5c9ba2a
 def statistic_distance(x: Tensor, y: Tensor) -> float:
-    """Wasserstein-1 distance of values `[N]` from a reference `[M]`, in standard
-    deviations of y (Eq. (wasserstein)).
+    """Wasserstein-1 distance of values `[N]` from a reference `[M]`.
 
-    NaN values are left out; NaN if none of x is left. Where y does not vary at all, it
-    is 0 if x is the same and infinite if not. Raises ValueError unless two values of y
-    are left.
+    In standard deviations of the reference: Eq. (wasserstein). NaN values are left out;
+    NaN if none of x is left. Where y does not vary at all, it is 0 if x is the same and
+    infinite if not. Raises ValueError unless two values of y are left.
     """
     x, y = (t[~t.isnan()].double().sort().values for t in (x.flatten(), y.flatten()))
     if len(y) < 2:
@@ -318,10 +319,9 @@ def music_section(comparison: Comparison) -> Section:
 
 # %% ../nbs/09b_music.ipynb #da159f56
 def drift(waves: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:
-    """The STATISTICS of each block, `[P, K]`, of P pieces `[P, T]`; what is beyond the
-    last whole block is left out.
+    """The STATISTICS of each block, `[P, K]`, of P pieces `[P, T]`.
 
-    Raises ValueError as `measure` does.
+    Sound beyond the last whole block is left out. Raises ValueError as `measure` does.
     """
     _check_waves(waves, cfg)
     blocks = waves.unfold(1, cfg.block_samples, cfg.block_samples)
@@ -338,11 +338,10 @@ class Trend(NamedTuple):
 
 
 def trend(values: Tensor) -> Trend:
-    """Change a block of `values` `[P, K]`: the mean of the P pieces' least-squares
-    slopes and its 95 % t interval.
+    """Change a block of `values` `[P, K]`, with its 95 % t interval.
 
-    NaN values are left out. Raises ValueError for another shape and unless two pieces
-    have two values or more.
+    The mean of the P pieces' least-squares slopes. NaN values are left out. Raises
+    ValueError for another shape and unless two pieces have two values or more.
     """
     if values.ndim != 2:
         raise ValueError(f"values must be [pieces, blocks], not {list(values.shape)}")

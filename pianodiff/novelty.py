@@ -38,11 +38,11 @@ LOWEST_PITCH = 33
 
 
 def semitone_bands(cfg: SpectrogramConfig) -> Tensor:
-    """Weights `[bands, n_bins]` that average a spectrogram's rows over semitones, from
-    A1 to the Nyquist frequency.
+    """Weights `[bands, n_bins]` that average a spectrogram's rows over semitones.
 
-    Band i is the mean over MIDI pitches 33 + i ± 1/2 of the linearly interpolated rows;
-    each row of weights sums to 1. Raises ValueError if the sample rate leaves no band.
+    From A1 to the Nyquist frequency. Band i is the mean over MIDI pitches 33 + i ± 1/2
+    of the linearly interpolated rows; each row of weights sums to 1. Raises ValueError
+    if the sample rate leaves no band.
     """
     highest = math.floor(69 + 12 * math.log2(cfg.sample_rate / 2 / 440))
     if highest < LOWEST_PITCH:
@@ -61,8 +61,9 @@ _FLAT = 1.0
 
 
 def _norm(x: Tensor, width: int) -> Tensor:
-    """‖c - mean(c)‖ `[..., T - width + 1]` of windows of `width` columns of x `[...,
-    rows, T]`; inf for flat ones.
+    """‖c - mean(c)‖ `[..., T - width + 1]` of windows of `width` columns.
+
+    Of x `[..., rows, T]`; inf for flat ones.
     """
     size = x.shape[-2] * width
     total, square = (y.sum(-2).unfold(-1, width, 1).sum(-1) for y in (x, x.square()))
@@ -71,11 +72,10 @@ def _norm(x: Tensor, width: int) -> Tensor:
 
 
 def _patterns(rows: Tensor, transpose: int) -> Tensor:
-    """Unit patterns of Eq. (pattern), `[Q, 2 * transpose + 1, bands - 2 * transpose,
-    T]`, of queries `[Q, bands, T]`.
+    """Unit patterns of Eq. (pattern) of queries `[Q, bands, T]`, in all shifts.
 
-    Shift `transpose + t` holds the rows that a passage's middle rows come to lie on
-    when it is raised by t semitones.
+    `[Q, 2 * transpose + 1, bands - 2 * transpose, T]`. Shift `transpose + t` holds the
+    rows that a passage's middle rows come to lie on when it is raised by t semitones.
     """
     kept = rows.shape[1] - 2 * transpose
     x = torch.stack([rows[:, lowest : lowest + kept]
@@ -137,8 +137,9 @@ def _cosines(x: Tensor, weight: Tensor, width: int) -> Tensor:
 # %% ../nbs/09c_novelty.ipynb #f8503666
 def _place(codes: Tensor, first: Tensor, patterns: Tensor, weights: Tensor,
            slack: int) -> tuple[Tensor, Tensor]:
-    """Cosine `[m]` and frame `[m]` of the best window of codes `[frames, n_bins]`
-    within `slack` of `first` `[m]`.
+    """Cosine `[m]` and frame `[m]` of the best window near `first` `[m]`.
+
+    Within `slack` frames, in codes `[frames, n_bins]`.
     """
     width, span = patterns.shape[-1], min(len(codes), patterns.shape[-1] + 2 * slack)
     low = (first - slack).clamp(0, len(codes) - span)
@@ -177,8 +178,9 @@ def _array(group: zarr.Group, recording: str) -> Any:
 
 # %% ../nbs/09c_novelty.ipynb #de389fc5
 def _by_group(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Smallest value `[Q, G]` in each group of neighbouring columns of `[Q, N]`, and
-    its column.
+    """Smallest value `[Q, G]` in each group of columns, and its column.
+
+    Of `[Q, N]`; a group's columns are neighbours.
     """
     starts = torch.tensor([0, *sizes[:-1]], device=values.device).cumsum(0)
     found = [part.min(1) for part in values.split(list(sizes), 1)]
@@ -187,17 +189,19 @@ def _by_group(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/09c_novelty.ipynb #f35c7e73
 def _heard(levels: Tensor) -> Tensor:
-    """LogMel's points `[..., D]` of levels `[..., bands, frames]`, all lifted to one
-    mean level.
+    """LogMel's points `[..., D]` of levels `[..., bands, frames]`.
+
+    All are lifted to one mean level.
     """
     return LogMel.points(levels - levels.mean((-2, -1), keepdim=True))
 
 
 def _digested(array: Any, weights: Tensor,
               cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
-    """Of one recording, read in slabs of 8192 columns: its bands, a column every `step`
-    frames, uint8 `[columns, bands]`; and the points `[P, D]` of its passages, one every
-    half block.
+    """The bands and points of one recording, read in slabs of 8192 columns.
+
+    Bands are uint8 `[columns, bands]`, a column every `step` frames. The points `[P,
+    D]` are those of its passages, one every half block.
     """
     step, bands, levels = _step(cfg), [], []
     for begin in range(0, array.shape[0], 8192 * step):
@@ -260,8 +264,9 @@ class Neighbours:
 
 # %% ../nbs/09c_novelty.ipynb #e707b307
 def _one_of_each(distance: Tensor, piece: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest distances `[Q, k]` of different pieces, ascending, and their
-    columns, of `[Q, m]`.
+    """The k smallest distances `[Q, k]` of different pieces, and their columns.
+
+    Ascending, of `[Q, m]`.
     """
     distance, order = distance.sort(dim=1, stable=True)
     piece = piece.gather(1, order)
@@ -319,15 +324,15 @@ class Corpus:
     def nearest(self, blocks: Tensor, *, k: int = 10, transpose: int = 0,
                 device: str | torch.device | None = None,
                 progress: bool = False) -> Neighbours:
-        """The nearest passages of blocks `[Q, n_bins, n_frames]` in [0, 1], one of each
-        of the k nearest pieces.
+        """The passages nearest to blocks `[Q, n_bins, n_frames]` in [0, 1].
 
-        Every shift of every recording is compared at the coarse resolution (Eq.
-        (expanded)). The best passage of each of the k nearest pieces, and the k best of
-        all, are then placed to the frame and measured there. With `transpose` = n also
-        from n semitones lower to n higher, on the bands that this leaves. `device` is a
-        GPU if there is one. Raises ValueError for blocks of another shape, not finite
-        or outside [0, 1], and for a k or transpose that the corpus can't give.
+        One of each of the k nearest pieces. Every shift of every recording is compared
+        at the coarse resolution (Eq. (expanded)). The best passage of each of the k
+        nearest pieces, and the k best of all, are then placed to the frame and measured
+        there. With `transpose` = n also from n semitones lower to n higher, on the
+        bands that this leaves. `device` is a GPU if there is one. Raises ValueError for
+        blocks of another shape, not finite or outside [0, 1], and for a k or transpose
+        that the corpus can't give.
         """
         _check_query(self, blocks, k, transpose)
         return _nearest(self, blocks, k, transpose, device, progress)
@@ -378,8 +383,9 @@ def _check_query(corpus: Corpus, blocks: Tensor, k: int, transpose: int = 0) -> 
 # %% ../nbs/09c_novelty.ipynb #0c0c7f16
 def _stretches(corpus: Corpus,
                width: int) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-    """Each recording's first column; stretches of columns (first, end) that are
-    searched at once; the recording of each.
+    """Stretches of columns (first, end) to search at once, with their recordings.
+
+    And, first, the first column of each recording.
     """
     step = _step(corpus.store.cfg)
     start, stretches, owner = [0], [], []
@@ -394,11 +400,11 @@ def _stretches(corpus: Corpus,
 
 def _candidates(corpus: Corpus, rows: Tensor, k: int, transpose: int, middle: slice,
                 bar: tqdm) -> tuple[Tensor, ...]:
-    """The best passage of each of the k nearest pieces, and the k best of all, by the
-    coarse bands of the blocks.
+    """Candidates for the nearest passages, by the coarse bands of the blocks.
 
-    Their recordings, shifts and frames, each `[Q, <= 2k]`; frames may be off by half a
-    coarse column.
+    The best passage of each of the k nearest pieces, and the k best of all. Their
+    recordings, shifts and frames, each `[Q, <= 2k]`; frames may be off by half a coarse
+    column.
     """
     step = _step(corpus.store.cfg)
     width = rows.shape[-1] // step
@@ -488,12 +494,12 @@ def _nearest_part(corpus: Corpus, blocks: Tensor, k: int, transpose: int,
 
 # %% ../nbs/09c_novelty.ipynb #570d4f4a
 def novelty_ratio(neighbours: Neighbours | Tensor) -> Tensor:
-    """The nearest distance over the mean of the next k - 1, `[Q]` (Eq. (ratio); Carlini
-    et al. 2023, section 5.1).
+    """The nearest distance over the mean of the next k - 1, `[Q]`: Eq. (ratio).
 
-    Near 1 for a block like many others, near 0 for a copy; 1 where all k distances are
-    0. `neighbours` may also be distances `[Q, k]`, ascending. Raises ValueError for k <
-    2, distances that are not ascending, negative or NaN.
+    Carlini et al. 2023, section 5.1. Near 1 for a block like many others, near 0 for a
+    copy; 1 where all k distances are 0. `neighbours` may also be distances `[Q, k]`,
+    ascending. Raises ValueError for k < 2, distances that are not ascending, negative
+    or NaN.
     """
     distance = neighbours.distance if isinstance(neighbours, Neighbours) else neighbours
     if distance.ndim != 2 or distance.shape[1] < 2:
@@ -507,8 +513,9 @@ def novelty_ratio(neighbours: Neighbours | Tensor) -> Tensor:
 
 # %% ../nbs/09c_novelty.ipynb #cb0bd391
 class Pair(NamedTuple):
-    """A block and the passage nearest to it: raised by `transposition` semitones,
-    `recording` from `frame` on.
+    """A block and the passage nearest to it.
+
+    The passage is `recording` from `frame` on, raised by `transposition` semitones.
     """
 
     query: int
@@ -520,8 +527,9 @@ class Pair(NamedTuple):
 
 
 def closest_pairs(neighbours: Neighbours, n: int = 5) -> list[Pair]:
-    """The n blocks with the lowest ratios, lowest first, each with its nearest passage
-    (`Corpus.block` gives it).
+    """The n blocks with the lowest ratios, lowest first, with their passages.
+
+    `Corpus.block` gives a passage.
     """
     ratio = novelty_ratio(neighbours)
     return [Pair(q, neighbours.recording[q][0], int(neighbours.frame[q, 0]),
@@ -538,11 +546,10 @@ def _wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
 
 
 def _mann_whitney(g: Tensor, h: Tensor) -> tuple[float, float]:
-    """The chance that a value of g `[n]` is below one of h `[m]`, and the one-sided
-    p-value of so high a chance.
+    """The chance that a value of g `[n]` is below one of h `[m]`, and its p-value.
 
-    Mann and Whitney 1947, with the normal approximation and its corrections for ties
-    and continuity.
+    One-sided, of so high a chance. Mann and Whitney 1947, with the normal approximation
+    and its corrections for ties and continuity.
     """
     n, m, ordered = len(g), len(h), h.sort().values
     ranks = torch.searchsorted(ordered, g) + torch.searchsorted(ordered, g, right=True)
@@ -572,14 +579,13 @@ class Calibration(NamedTuple):
 
 def calibrate(generated: Tensor, held_out: Tensor, *, quantile: float = 0.01,
               confidence: float = 0.95) -> Calibration:
-    """Judge ratios `[Q]` of generated blocks by those `[H]` of held-out ones, of which
-    `quantile` are suspicious.
+    """Judge ratios `[Q]` of generated blocks by those `[H]` of held-out ones.
 
-    The threshold is the floor(quantile (H + 1))-th lowest held-out ratio; the interval
-    is Wilson's (1927), AUC and p-value are Mann and Whitney's (1947), with the normal
-    approximation and its corrections for ties and continuity. Raises ValueError for
-    fewer held-out blocks than the quantile needs, no generated ones, NaN or shares not
-    in (0, 1).
+    Of the held-out ones, a share of `quantile` is suspicious. The threshold is the
+    floor(quantile (H + 1))-th lowest held-out ratio; the interval is Wilson's (1927),
+    AUC and p-value are Mann and Whitney's (1947), with the normal approximation and its
+    corrections for ties and continuity. Raises ValueError for fewer held-out blocks
+    than the quantile needs, no generated ones, NaN or shares not in (0, 1).
     """
     g, h = generated.double(), held_out.double()
     if g.ndim != 1 or h.ndim != 1 or not len(g) or not (g.isfinite().all()
@@ -619,13 +625,13 @@ def _check_vectors(queries: Tensor, corpus: Tensor, groups: Tensor | None) -> No
 def nearest_vectors(queries: Tensor, corpus: Tensor, *, k: int = 10,
                     groups: Tensor | None = None, chunk: int = 2**25,
                     device: str | torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Euclidean distances `[Q, k]`, ascending, and indices `[Q, k]` of the vectors of
-    `[N, D]` nearest to `[Q, D]`.
+    """The nearest vectors of `[N, D]` to queries `[Q, D]`.
 
-    With `groups` `[N]`, integers, only the nearest vector of each group counts. Exact,
-    in float64; at most `chunk` distances are held at a time (but those of one query).
-    `device` is a GPU if there is one. Raises ValueError for shapes that don't fit,
-    values that are not finite, and a k beyond the number of vectors or groups.
+    Their Euclidean distances `[Q, k]`, ascending, and indices `[Q, k]`. With `groups`
+    `[N]`, integers, only the nearest vector of each group counts. Exact, in float64; at
+    most `chunk` distances are held at a time (but those of one query). `device` is a
+    GPU if there is one. Raises ValueError for shapes that don't fit, values that are
+    not finite, and a k beyond the number of vectors or groups.
     """
     _check_vectors(queries, corpus, groups)
     labels = torch.arange(len(corpus)) if groups is None else groups.cpu()
@@ -709,8 +715,7 @@ def novelty(
 # %% ../nbs/09c_novelty.ipynb #561f8faf
 @in_style
 def plot_novelty(found: dict[str, dict[str, Any]]) -> Figure:
-    """Distributions of the novelty ratio by search; copies lie left of the threshold.
-    """
+    """Distributions of the novelty ratio; copies lie left of the threshold."""
     figure, axes = new_axes(1, len(found))
     for ax, (name, search) in zip(axes[0], found.items(), strict=True):
         for row, ratios in search["ratios"].items():

@@ -29,11 +29,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .audio import SpectrogramConfig, normalize_peak, to_spectrogram
-from .data import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, read_recording
 from .files import cached, in_order
 from .generate import Piano, Sampling
 from .model import find_model
 from .phases import to_wave
+from .recordings import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, read_recording
 
 # %% ../nbs/09d_pieces.ipynb #daa95370
 class Piece(NamedTuple):
@@ -83,8 +83,7 @@ class Pieces(Sequence[Piece]):
 
     @cached_property
     def specs(self) -> Tensor:
-        """All blocks as spectrograms `[N, n_bins, n_frames]`, cut from whole pieces'.
-        """
+        """All blocks as spectrograms `[N, n_bins, n_frames]`, cut from whole pieces."""
         width = self.cfg.n_frames
         wholes = [to_spectrogram(piece.wave, self.cfg) for piece in self.items]
         return torch.cat([spec.unfold(1, width, width).transpose(0, 1)
@@ -138,9 +137,7 @@ def _first(blocks: int, pieces: Iterable[Piece],
 
 # %% ../nbs/09d_pieces.ipynb #260a804b
 def _one_of_each_title_first(titles: Sequence[str], seed: int) -> list[int]:
-    """The indices in a random order, in which no title comes a second time before all
-    have come once.
-    """
+    """The indices in a random order; no title comes twice before all came once."""
     rounds, seen = {}, Counter[str]()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(titles), generator=generator).tolist()
@@ -347,8 +344,9 @@ def retrieved(pieces: Pieces, seed: int = 0) -> Pieces:
 
 
 def shifted(clips: Tensor, semitones: float = 3.0) -> Tensor:
-    """Clips `[N, T]`, end to end, played more slowly and so `semitones` lower; the
-    first N of the result.
+    """Clips `[N, T]` in a row, played more slowly and so `semitones` lower.
+
+    The first N of the result.
     """
     ratio = 2 ** (semitones / 12)
     wave = torch.from_numpy(soxr.resample(clips.flatten().numpy(), 1, ratio))
@@ -449,8 +447,7 @@ in_style = style.context("pianodiff.book")
 
 def new_axes(rows: int = 1, columns: int = 1,
              height: float = 2.6) -> tuple[Figure, np.ndarray]:
-    """A figure of the book's width, `height` inches high, and its axes `[rows,
-    columns]`.
+    """A figure as wide as the book, `height` inches high, with `[rows, columns]` axes.
     """
     figure = Figure(figsize=(7.5, height))
     return figure, figure.subplots(rows, columns, squeeze=False)

@@ -38,12 +38,12 @@ MAY_IMPORT = {
     "train": {"data", "edm", "files", "model", "recipe", "terminal", "unet"},
     "sampler": {"edm"},
     "generate": {"audio", "edm", "files", "model", "phases", "sampler", "unet"},
-    "pieces": {"audio", "data", "files", "generate", "model", "phases"},
+    "pieces": {"audio", "files", "generate", "model", "phases", "recordings"},
     "distance": {"audio", "files", "pieces"},
     "music": {"audio", "files", "pieces"},
     "joins": {"audio", "files", "music", "phases", "pieces"},
     "novelty": {"audio", "data", "distance", "files", "phases", "pieces"},
-    "evaluate": {"audio", "data", "distance", "files", "generate", "joins", "music", "novelty", "pieces"},
+    "evaluate": {"audio", "data", "distance", "files", "generate", "joins", "music", "novelty", "pieces", "recordings"},
     "show": {"audio"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 CONSTRAINTS ?= constraints.txt
-BIN    := $(VENV)/bin
+BIN    := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 START  := $(shell date +%s)
 PIP    := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
@@ -37,7 +37,7 @@ book: $(VENV)/.installed-dev
 	@touch book/_build/html/index.html
 	@echo "The book: book/_build/html/index.html"
 
-# Appends to bench/results.jsonl; the last script writes README's table from it. Each also runs alone.
+# Appends to bench/results.jsonl; the last script writes the tables of book/bench.md from it. Each also runs alone.
 BENCH := samplers sound network generation training table
 
 bench: $(VENV)/.installed-dev
@@ -52,14 +52,14 @@ clean:
 	rm -rf piano.wav piano.png book/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find pianodiff tests bench book nbs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-$(BIN)/pip:
+$(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "pianodiff needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { \
 	  echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt settings.ini | $(BIN)/pip
+$(VENV)/.installed: pyproject.toml constraints.txt settings.ini | $(VENV)/pyvenv.cfg
 	$(PIP) .
 	@touch $@
 

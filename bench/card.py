@@ -1,10 +1,11 @@
 """Writes what was measured of the shipped models into README, cards and book, between `<!-- models -->` marks.
 
-All of it is read from what training (config.json) and `pianodiff evaluate` (report.json) left beside the weights.
+All of it is read from the files that training (config.json) and `pianodiff evaluate` (report.json) left beside the
+weights.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,20 +32,20 @@ def runs(training: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def seen(training: dict[str, Any]) -> dict[str, tuple[int, float]]:
     """Blocks and hours of all its trainings, by the device that they ran on."""
-    found: dict[str, tuple[int, float]] = {}
+    totals: dict[str, tuple[int, float]] = {}
     for run in reversed([*runs(training)]):
-        blocks, hours = found.get(device := run.get("device", "cpu"), (0, 0.0))
-        found[device] = blocks + run["images"], hours + run["seconds"] / 3600
-    return found
+        blocks, hours = totals.get(device := run.get("device", "cpu"), (0, 0.0))
+        totals[device] = blocks + run["images"], hours + run["seconds"] / 3600
+    return totals
 
 
-def told(training: dict[str, Any]) -> str:
+def history(training: dict[str, Any]) -> str:
     """How much it has seen, where and in what time."""
-    goes = seen(training)
+    totals = seen(training)
     times = [f"in {hours:.1f} hours on one core of a shared CPU" if device == "cpu" else
-             f"in {60 * hours:.0f} minutes on one {device}" for device, (_, hours) in goes.items()]
-    counts = [blocks for blocks, _ in goes.values()]
-    if len(goes) == 1:
+             f"in {60 * hours:.0f} minutes on one {device}" for device, (_, hours) in totals.items()]
+    counts = [blocks for blocks, _ in totals.values()]
+    if len(totals) == 1:
         return f"{counts[0]:,} blocks {times[0]}"
     return f"{sum(counts):,} blocks: " + ", then ".join(f"{n:,} {time}" for n, time in zip(counts, times, strict=True))
 
@@ -64,21 +65,22 @@ def distances(reports: dict[str, dict[str, Any]]) -> str:
     """The rows under the first embedding: the controls, which all models share, and each model's."""
     report = next(iter(reports.values()))
     name, controls = next(iter(report["distances"].items()))
-    found = ({label: controls[key] for key, label in CONTROLS.items()}
-             | {f"**{model}**": report["distances"][name]["model"] for model, report in reports.items()}
-             | {"white noise": controls["noise"]})
+    compared = ({label: controls[key] for key, label in CONTROLS.items()}
+                | {f"**{model}**": report["distances"][name]["model"] for model, report in reports.items()}
+                | {"white noise": controls["noise"]})
     rows = [f"| {label} | {row['frechet']:.2f} | {between(*row['frechet_interval'], 1)} | {row['kernel']:.3f} "
-            f"| {between(*row['kernel_interval'], 3)} |" for label, row in found.items()]
+            f"| {between(*row['kernel_interval'], 3)} |" for label, row in compared.items()]
     clips, pieces, floor = controls["model"]["clips"], controls["model"]["pieces"], report["floors"][name]["real"]
     reference = report["reference"]
-    away = ", ".join(f"`{model}` {spread(report['floors'][name]['model'])}" for model, report in reports.items())
+    away = ", ".join(f"`{model}` lies {spread(report['floors'][name]['model'])} away"
+                     for model, report in reports.items())
     return (f"Distance of {clips} blocks from {reference['blocks']:,} blocks of {reference['pieces']} "
-            f"performances that no model was trained on, to the built-in embedding `{name.partition('-')[0]}`:\n\n"
+            f"performances that no model was trained on, by the built-in embedding `{name.partition('-')[0]}`:\n\n"
             + table(f"| {clips} blocks of | Fréchet | 95 % | kernel | 95 % |", rows)
-            + f"\nThe intervals are over pieces, {pieces} by a model and {controls['real']['pieces']} "
-            "real ones, and about infinitely many of them: so few real\npieces tell little of real music. Over "
-            f"{len(floor)} random splits by title, the Fréchet distance of other real music from the rest is\n"
-            f"{spread(floor)}. From the same references lies {away}.\n")
+            + "\nThe intervals hold for the mean over infinitely many pieces. They were estimated from "
+            f"{pieces} by a model and {controls['real']['pieces']} real ones;\nso few real pieces say little about "
+            f"real music. Over {len(floor)} random splits by title, other real music lies {spread(floor)}\n"
+            f"from the rest, by the Fréchet distance. Against the same references, {away}.\n")
 
 
 def spread(values: list[float]) -> str:
@@ -89,27 +91,58 @@ def spread(values: list[float]) -> str:
 def music(reports: dict[str, dict[str, Any]]) -> str:
     """The medians of models' blocks beside those of real music and noise, and how surely their joins can be told."""
     report = next(iter(reports.values()))
-    columns = [(found, "model") for found in reports.values()] + [(report, "reference"), (report, "noise")]
-    rows = ["| " + " | ".join([label, *(f"{found['statistics'][key][whose]['median']:.{digits}f}"
-                                        for found, whose in columns)]) + " |"
+    columns = [(own, "model") for own in reports.values()] + [(report, "reference"), (report, "noise")]
+    rows = ["| " + " | ".join([label, *(f"{own['statistics'][key][whose]['median']:.{digits}f}"
+                                        for own, whose in columns)]) + " |"
             for key, (label, digits) in STATISTICS.items()]
-    flux = [found["joins"]["model"]["flux"]["auc"] for found in reports.values()]
+    flux = [own["joins"]["model"]["flux"]["auc"] for own in reports.values()]
     real = report["joins"]["real neighbours"]["flux"]["auc"]
     rows += ["| probability that a join shows more flux than a block's middle | "
              + " | ".join(f"{auc:.2f}" for auc in [*flux, real]) + " | |"]
-    copies = [found["novelty"]["spectrogram"]["verdict"]["share"] for found in reports.values()]
     rows += ["| blocks as near to a training passage as the nearest 1 % of held-out music | "
-             + " | ".join([*(f"{share:.1%}" for share in copies), "1 %"]) + " | |"]
-    return ("Medians of blocks, joins, and copies. The noise is white, at the levels of real blocks: where it "
-            "comes near\nmusic, a median says little.\n\n"
+             + " | ".join([*(f"{copies(own):.1%}" for own in reports.values()), "1 %"]) + " | |"]
+    return ("Medians over blocks, then joins and copies. The white noise has the levels of real blocks. Where it comes "
+            "near\nmusic, a median says little.\n\n"
             + table(f"| | {' | '.join(reports)} | real music | white noise |", rows))
+
+
+def copies(report: dict[str, Any]) -> float:
+    """The share of a model's blocks that are as near to a training passage as 1 % of held-out music is."""
+    return report["novelty"]["spectrogram"]["verdict"]["share"]
+
+
+def in_short(trainings: dict[str, dict[str, Any]], reports: dict[str, dict[str, Any]]) -> str:
+    """README's figures: training, distance, notes, copies."""
+    report = next(iter(reports.values()))
+    name, controls = next(iter(report["distances"].items()))
+
+    def of_each(figure: Callable[[dict[str, Any]], str]) -> str:
+        return ", ".join(f"{figure(own)} for `{model}`" for model, own in reports.items())
+
+    lines = [f"`{model}` has seen {history(training)}." for model, training in trainings.items()]
+    lines += ["Fréchet distance from held-out music: "
+              f"{of_each(lambda own: _frechet(own['distances'][name]['model']))}, "
+              f"{_frechet(controls['real'])} for other real music, {_frechet(controls['noise'])} for white noise.",
+              f"Notes a second: {of_each(lambda own: _notes(own, 'model'))}, {_notes(report, 'reference')} "
+              "for real music.",
+              "Blocks as near to a training passage as the nearest 1 % of held-out music: "
+              f"{of_each(lambda own: f'{copies(own):.1%}')}."]
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _frechet(row: dict[str, Any]) -> str:
+    return f"{row['frechet']:.2f}"
+
+
+def _notes(report: dict[str, Any], whose: str) -> str:
+    return f"{report['statistics']['notes_per_second'][whose]['median']:.1f}"
 
 
 def losses(training: dict[str, Any]) -> str:
     validation = training["validation"]
     rows = [f"| {sigma} | {loss:.3f} |" for sigma, loss in validation["loss"].items()]
     return (f"Weighted loss (Eqs. 25 and 33) on {validation['blocks']} blocks of the {validation['split']} split, with "
-            "their predecessors. A network\nthat answers nothing has loss 1 at every noise level.\n\n"
+            "their predecessors. A network\nthat always answers 0 has a loss of 1 at every noise level.\n\n"
             + table("| sigma | loss |", rows))
 
 
@@ -120,9 +153,10 @@ def cost(trainings: dict[str, dict[str, Any]]) -> str:
         energy = [sum((watts if device == "cpu" else GPU_WATTS) * hours
                       for device, (_, hours) in seen(training).items()) for watts in WATTS]
         litres = [watt_hours * 3600 / (4186 * 80) for watt_hours in energy]    # from 20 °C
-        text += (f"`{model}` has seen {told(training)}.\nThat took {between(*energy, 0)} Wh, as much as it takes "
-                 f"to boil {between(*litres, 1)} litres of water.\n")
-    return text + f"A core is taken to draw {between(*WATTS, 0)} W, and the GPU {GPU_WATTS} W, the most that it may.\n"
+        text += (f"`{model}` has seen {history(training)}.\nThat took {between(*energy, 0)} Wh, enough to boil "
+                 f"{between(*litres, 1)} litres of water.\n")
+    return text + (f"We assume that a core draws {between(*WATTS, 0)} W, and that the GPU draws its limit of "
+                   f"{GPU_WATTS} W.\n")
 
 
 def models() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
@@ -132,15 +166,16 @@ def models() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
             for folder in folders}
 
 
-def parts(found: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[Path, str]:
+def parts(shipped: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[Path, str]:
     """Each file's part between its marks."""
-    trainings = {model: config["training"] for model, (config, _) in found.items()}
-    reports = {model: report for model, (_, report) in found.items()}
-    ages = "".join(f"`{model}` has seen {told(training)}.\n" for model, training in trainings.items())
-    cards = {MODELS / model / "README.md": f"It has seen {told(training)}.\n\n{losses(training)}\n"
+    trainings = {model: config["training"] for model, (config, _) in shipped.items()}
+    reports = {model: report for model, (_, report) in shipped.items()}
+    ages = "".join(f"`{model}` has seen {history(training)}.\n" for model, training in trainings.items())
+    cards = {MODELS / model / "README.md": f"It has seen {history(training)}.\n\n{losses(training)}\n"
              + "\n".join(measure({model: reports[model]}) for measure in (distances, music))
              for model, training in trainings.items()}
-    return cards | {ROOT / "README.md": f"{ages}\n{distances(reports)}\n{music(reports)}",
+    return cards | {ROOT / "README.md": in_short(trainings, reports),
+                    ROOT / "book" / "bench.md": f"{ages}\n{distances(reports)}\n{music(reports)}",
                     ROOT / "book" / "related.md": cost(trainings)}
 
 

@@ -9,7 +9,8 @@ from common import Record, append, compare, devices, seconds
 from pianodiff import NUM_STEPS, SAMPLER
 from pianodiff.edm import Denoiser
 from pianodiff.generate import SAMPLERS
-from pianodiff.unet import PRESETS, UNet, UNetConfig, count
+from pianodiff.model import PRESETS, count
+from pianodiff.unet import UNet, UNetConfig
 
 NETWORKS = {name: PRESETS[name] for name in ("nano", "base")}
 

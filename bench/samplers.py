@@ -13,8 +13,9 @@ from common import Record, append, compare, k_diffusion, peer, seconds
 from torch import Tensor, nn
 
 from pianodiff.edm import Denoiser, karras_sigmas
+from pianodiff.model import PRESETS
 from pianodiff.sampler import dpmpp_2m_sample, euler_sample, heun_sample
-from pianodiff.unet import PRESETS, UNet
+from pianodiff.unet import UNet
 
 Contender = Callable[[nn.Module, Tensor, int], Tensor]  # (network, latents, num_steps) -> samples
 OURS = {"heun": heun_sample, "euler": euler_sample, "dpmpp_2m": dpmpp_2m_sample}

@@ -1,4 +1,4 @@
-"""Writes README's table of figures, between its lines `<!-- bench -->` and `<!-- /bench -->`, from results.jsonl."""
+"""Writes the tables of book/bench.md, between its lines `<!-- bench -->` and `<!-- /bench -->`, from results.jsonl."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from common import RESULTS, Record
 from generation import settings
 
-README = RESULTS.parent.parent / "README.md"
+PAGE = RESULTS.parent.parent / "book" / "bench.md"
 
 
 def figure(value: float) -> str:
@@ -53,7 +53,7 @@ def in_short(records: Iterable[Record]) -> list[str]:
 
 
 def table(lines: Iterable[str]) -> str:
-    """README's part: a table for each machine."""
+    """The page's part: a table for each machine."""
     machines: dict[str, list[Record]] = {}
     for record in newest(lines):
         machines.setdefault(heading(record), []).append(record)
@@ -74,4 +74,4 @@ def update(text: str, made: str, mark: str) -> str:
 if __name__ == "__main__":
     if not RESULTS.exists():
         sys.exit(f"there is no {RESULTS.name} yet: make bench")
-    README.write_text(update(README.read_text(), table(RESULTS.read_text().splitlines()), "bench"))
+    PAGE.write_text(update(PAGE.read_text(), table(RESULTS.read_text().splitlines()), "bench"))

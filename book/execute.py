@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def code_of(path: Path) -> str:
     return "\n".join(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("# "))
 
 
+@cache
 def modules_of(code: str) -> set[Path]:
     """The files of ours that this code imports, at any depth: `pianodiff.audio` in a chapter, `.audio` in a module."""
     names = set()

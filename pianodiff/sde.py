@@ -44,7 +44,7 @@ def _checked(score: Score, x: Tensor, t: Tensor) -> Tensor:
         raise ValueError(f"the score is NaN or infinite at t from {float(t.min()):.4g} to {float(t.max()):.4g}")
     return found.to(x.dtype)
 
-
+# %% ../nbs/01_sde.ipynb #sde-class
 class SDE:
     """A noising process dx = f(x, t) dt + g(t) dw, Eq. (6), with f linear in x and 0 < t <= 1.
 
@@ -168,7 +168,7 @@ class SubVPSDE(VPSDE):
         """The time at which sigma(t) is `sigma`."""
         return self._inverse(2 * torch.asinh(sigma / 2))
 
-
+# %% ../nbs/01_sde.ipynb #ve-class
 @dataclass(frozen=True)
 class VESDE(SDE):
     """Variance-exploding: dx = g dw, no scaling, and sigma(t)² = sigma_min² ((sigma_max / sigma_min)^(2t) - 1).

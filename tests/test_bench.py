@@ -1,4 +1,4 @@
-"""The comparisons of bench/, tiny: what they record, not how long anything takes. And README's table is made of it."""
+"""The comparisons of bench/, tiny: what they record, not how long anything takes. The book's tables are made of it."""
 
 import importlib
 import json
@@ -175,7 +175,7 @@ def test_figures_in_the_table(bench, value, text):
 
 
 def test_table(bench):
-    """The newest line of each comparison, machine by machine, and README's other text as it was."""
+    """The newest line of each comparison, machine by machine, and the page's other text as it was."""
     common, table = bench["common"], bench["table"]
     old, new, other = (common.compare(name, "s", {"a": lambda v=v: v, "b": lambda v=v: 3 * v}, runs=5)
                        for name, v in (("x", 1.0), ("x", 2.0), ("y", 4.0)))
@@ -190,18 +190,18 @@ def test_table(bench):
                  for comparison, v in (("generation with nano", 0.168), ("first sound of nano", 0.32))]
         line = "\ntwenty seconds of music take 3.36 s, and the first sound comes after 0.32 s.\n\n| | |"
         assert (line in table.table(map(json.dumps, waits))) is told
-    readme = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
-    done = table.update(readme, made, "bench")
+    page = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
+    done = table.update(page, made, "bench")
     assert done == f"before\n<!-- bench -->\n{made}<!-- /bench -->\nafter\n" == table.update(done, made, "bench")
     with pytest.raises(ValueError, match="/bench --> are missing"):
         table.update("no marks", made, "bench")
 
 
-def test_readme_is_made_of_the_results(bench):
-    readme, lines = (ROOT / "README.md").read_text(), (ROOT / "bench" / "results.jsonl").read_text().splitlines()
+def test_the_page_is_made_of_the_results(bench):
+    page, lines = bench["table"].PAGE.read_text(), (ROOT / "bench" / "results.jsonl").read_text().splitlines()
     for line in lines:
         checked(json.loads(line), len(json.loads(line)["results"]))
-    assert bench["table"].update(readme, bench["table"].table(lines), "bench") == readme, "run python bench/table.py"
+    assert bench["table"].update(page, bench["table"].table(lines), "bench") == page, "run python bench/table.py"
 
 
 def test_what_is_told_of_the_model_is_what_was_measured(bench):
@@ -221,10 +221,10 @@ def test_a_model_has_seen_what_its_ancestors_saw(bench):
     first = {"images": 1, "seconds": 0}
     training = {"images": 5, "seconds": 1800, "ancestor": {"images": 7, "seconds": 5400, "ancestor": first}}
     assert bench["card"].seen(training) == {"cpu": (13, 2.0)}
-    assert bench["card"].told(training) == "13 blocks in 2.0 hours on one core of a shared CPU"
+    assert bench["card"].history(training) == "13 blocks in 2.0 hours on one core of a shared CPU"
     training = {"images": 20, "seconds": 90, "device": "GPU", "ancestor": training}
     assert bench["card"].seen(training) == {"cpu": (13, 2.0), "GPU": (20, 0.025)}
-    assert bench["card"].told(training) == ("33 blocks: 13 in 2.0 hours on one core of a shared CPU, then 20 in "
+    assert bench["card"].history(training) == ("33 blocks: 13 in 2.0 hours on one core of a shared CPU, then 20 in "
                                             "2 minutes on one GPU")
 
 
@@ -232,5 +232,5 @@ def test_make_bench_runs_every_script():
     """But for those that measure nothing, and the study of quality by steps."""
     done = subprocess.run(["make", "--dry-run", "--always-make", "bench"], cwd=ROOT, capture_output=True, text=True)
     named = re.search(r"for name in (.*?); do", done.stdout).group(1).split()
-    assert {*named} == {path.stem for path in (ROOT / "bench").glob("*.py")} - {"common", "quality", "card"}
+    assert {*named} == {path.stem for path in (ROOT / "bench").glob("*.py")} - {"common", "quality", "notes", "card"}
     assert named[-1] == "table"

@@ -1,9 +1,12 @@
 """The pages that are not chapters: every equation and figure has its place, every name and every link leads there."""
 
+import importlib
 import re
 import shlex
+from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -100,6 +103,54 @@ def test_the_commands_are_found():
     assert {command[0] for command in commands("train_your_own.md")} >= {"prepare", "train", "generate", "evaluate"}
 
 
+# ---- figures have one source
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("figures")
+
+
+def test_figures_are_those_that_were_measured(figures: ModuleType):
+    stale = [path.name for path in figures.files() if figures.fill(path.read_text()) != path.read_text()]
+    assert stale == [], "run python bench/figures.py"
+
+
+@pytest.mark.parametrize("wrong", [
+    "in <!-- =steps -->7<!-- = --> steps", "`nano` takes <!-- =nano 20 s -->an hour<!-- = -->",
+    "see [99](nbs/09_evaluate.ipynb)", "[Chapter 09a](09a_distance.ipynb)"])
+def test_a_stale_figure_is_found_and_mended(figures: ModuleType, wrong: str):
+    mended = figures.fill(wrong)
+    assert mended != wrong and figures.fill(mended) == mended
+
+
+@pytest.mark.parametrize("unknown", ["<!-- =stops -->7<!-- = -->", "[99](nbs/99_nothing.ipynb)"])
+def test_a_figure_without_source_is_refused(figures: ModuleType, unknown: str):
+    with pytest.raises(KeyError):
+        figures.fill(unknown)
+
+
+LOOSE = {"steps": r"\b(?:1[0-9]|dozen|twelve|fifteen) steps\b", "a chapter's number": r"(?i)\bchapters? \d",
+         "seconds of work": r"\d s on (?:two|2) cores", "a first sound": r"first sound (?:comes )?after \d",
+         "parameters": r"\d million parameters"}
+
+
+def loose(text: str) -> list[str]:
+    """Figures that are written by hand although they have a source; cells of code and generated parts are left out."""
+    text = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->|<!-- =.*?<!-- = -->|\[[^]]*\]\(|```.*?```", "", text, flags=re.S)
+    return [match[0] for pattern in LOOSE.values() for match in re.finditer(pattern, text)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_no_figure_of_a_page_is_written_by_hand(page: Path):
+    assert loose(page.read_text()) == []
+
+
+@pytest.mark.parametrize("text", ["takes 15 steps", "in chapter 09b", "3.4 s on two cores", "first sound after 0.4 s"])
+def test_a_figure_by_hand_is_found(text: str):
+    assert loose(text) and not loose(f"<!-- =x -->{text}<!-- = -->")
+
+
 def test_the_workflow_calls_the_makefile_alone():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -108,3 +159,43 @@ def test_the_workflow_calls_the_makefile_alone():
     assert all(line.split()[0] == "make" and "\n" not in line.strip() for line in lines)
     assert workflow["jobs"]["build"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
     assert set(workflow[True]) == {"push", "pull_request", "schedule", "workflow_dispatch"}    # YAML's `on` is true
+
+
+ADDRESSED = [*PAGES, *CHAPTERS, *(ROOT / name for name in (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", ".github/workflows/book.yml"))]
+
+
+def addresses(text: str) -> set[tuple[str, str]]:
+    """Owner and name of every repository of this project's name that an address in the text leads to."""
+    hosts = r"(?:github\.com/|githubusercontent\.com/|colab\.research\.google\.com/github/)([\w-]+)/([\w-]+)"
+    found = re.findall(hosts, text) + re.findall(r"([\w-]+)\.github\.io/([\w-]+)", text)
+    return {(owner, name) for owner, name in found if "pianodiff" in (owner, name)}
+
+
+def repository() -> tuple[str, str, str]:
+    """Owner, name and branch, as settings.ini has them."""
+    config = ConfigParser()
+    config.read(ROOT / "settings.ini")
+    return config["DEFAULT"]["user"], config["DEFAULT"]["repo"], config["DEFAULT"]["branch"]
+
+
+def test_every_address_of_the_repository_is_that_of_the_settings():
+    owner, name, _ = repository()
+    assert {str(path) for path in ADDRESSED if addresses(path.read_text()) - {(owner, name)}} == set()
+    assert addresses((ROOT / "README.md").read_text()) == addresses(CHAPTERS[0].read_text()) == {(owner, name)}
+
+
+@pytest.mark.parametrize("text", ["git+https://github.com/someone/pianodiff", "https://pianodiff.github.io/piano/",
+                                  "https://colab.research.google.com/github/pianodiff/piano/blob/main/a.ipynb"])
+def test_another_address_would_be_found(text: str):
+    assert addresses(text) - {repository()[:2]}
+
+
+def test_links_into_colab_and_the_book_lead_to_pages():
+    _, _, branch = repository()
+    for path in ADDRESSED:
+        text = path.read_text()
+        notebooks = re.findall(r"research\.google\.com/github/[\w-]+/pianodiff/blob/([\w-]+)/([\w./]+)", text)
+        pages = re.findall(r"github\.io/[\w-]+/([\w/]+)\.html", text)
+        assert all(on == branch and (ROOT / notebook).is_file() for on, notebook in notebooks), path
+        assert all([*ROOT.glob(f"{page}.*")] for page in pages), path

@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor
 
 from pianodiff.audio import load_audio
-from pianodiff.data import render_midi
+from pianodiff.recordings import render_midi
 
 RATE, N_FFT, HOP = 8000, 512, 128
 VELOCITIES = 50, 95

@@ -51,23 +51,13 @@ from tqdm import tqdm
 
 import pianodiff
 from pianodiff import GUIDANCE_INTERVAL
-from pianodiff.audio import SpectrogramConfig
 from pianodiff.distance import LogMel, Moments, embed, frechet_distance, interval, kernel_distance_to
-from pianodiff.evaluate import (
-    Piece,
-    clips_of,
-    compare_statistics,
-    make_pieces,
-    noise_like,
-    read_pieces,
-    retrieved,
-    seams,
-    split_pieces,
-)
 from pianodiff.files import write_whole
-from pianodiff.generate import Piano
+from pianodiff.generate import Piano, Sampling
+from pianodiff.joins import seams
 from pianodiff.model import find_model
-from pianodiff.music import measure
+from pianodiff.music import compare_statistics, measure
+from pianodiff.pieces import Pieces, make_pieces, noise_like, read_pieces, retrieved
 
 SIGMA_MAX = 80.0, 150.0, 250.0, 400.0, 600.0
 TOLERANCE = {"level": 0.5, "spread": 1.0}  # dB
@@ -159,11 +149,12 @@ def ratio_of(name: str, measure: Any, found: Tensor, baseline: Tensor, seed: int
             f"{name}_ratio_interval": interval(ratio, pair, seed=seed)}
 
 
-def from_solution(made: list[Piece], solution: list[Piece], cfg: SpectrogramConfig) -> float:
+def from_solution(made: Pieces, solution: Pieces) -> float:
     """Root mean square distance in dB of the first blocks from those of the ODE's solution."""
-    firsts, ends = (torch.stack([piece.spec[:, : cfg.n_frames] for piece in pieces[: len(solution)]
-                                 if piece.spec is not None]) for pieces in (made, solution))
-    return cfg.top_db * float((firsts - ends).square().mean().sqrt())
+    frames = made.cfg.n_frames
+    firsts, ends = (torch.stack([piece.spec[:, :frames] for piece in pieces[: len(solution)]])
+                    for pieces in (made, solution))
+    return made.cfg.top_db * float((firsts - ends).square().mean().sqrt())
 
 
 def within(setting: dict[str, Any], surely: bool) -> bool:
@@ -218,10 +209,10 @@ class Bench:
         self.spectra: Tensor | None = None
 
     def read(self, reference: Path, splits: tuple[str, ...], blocks: int, most: int, soundfont: Path | None) -> None:
-        real, _ = read_pieces(reference, self.cfg, splits=splits, blocks=blocks, most=most, normalize=True,
-                              seed=self.seed, soundfont=soundfont)
-        self.known, self.others = split_pieces(real, self.pieces * self.length, self.cfg, self.seed)
-        clips = clips_of(self.known, self.cfg)
+        real = read_pieces(reference, self.cfg, splits=splits, blocks=blocks, most=most, normalize=True,
+                           seed=self.seed, soundfont=soundfont)
+        self.known, self.others = real.split(self.pieces * self.length, self.seed)
+        clips = self.known.clips
         self.target, self.typical, self.level = self.points(clips), measure(clips, self.cfg), level_of(clips)
         self.loudness = {"level": self.level, "spread": spread_of(levels_of(clips))}
         self.spectra = dictionary(soundfont) if soundfont else None
@@ -233,13 +224,12 @@ class Bench:
         return clips * 10 ** ((self.level - level_of(clips)) / 20)
 
     def make(self, sampler: str, steps: int, rho: float, *, sigma_max: float, guidance: float = 1.0,
-             **how: Any) -> list[Piece]:
+             **how: Any) -> Pieces:
         how = {"pieces": self.pieces, "seconds": self.seconds, **how}
         return make_pieces(variant(self.folder, self.cache / "models", sigma_max, rho), self.cache / "pieces",
-                           steps=steps, sampler=sampler, seed=self.seed, guidance=guidance,
-                           guidance_interval=GUIDANCE_INTERVAL, **how)
+                           sampling=Sampling(sampler, steps, guidance, GUIDANCE_INTERVAL), seed=self.seed, **how)
 
-    def solution(self, sigma_max: float) -> list[Piece]:
+    def solution(self, sigma_max: float) -> Pieces:
         """The first blocks of four pieces."""
         return self.make(*SOLUTION, sigma_max=sigma_max, pieces=min(self.pieces, 4), seconds=self.cfg.block_seconds)
 
@@ -265,32 +255,32 @@ class Bench:
                  guidance: float = 1.0) -> dict[str, Any]:
         """A setting, and its quality beside the baseline's at that sigma_max."""
         made = self.make(sampler, steps, rho, sigma_max=sigma_max, guidance=guidance)
-        baseline, clips = self.make(*BASELINE, sigma_max=sigma_max), clips_of(made, self.cfg)
-        points, theirs = (self.by_piece(some) for some in (clips, clips_of(baseline, self.cfg)))
+        baseline = self.make(*BASELINE, sigma_max=sigma_max)
+        points, theirs = (self.by_piece(some.clips) for some in (made, baseline))
         row = {"sampler": sampler, "num_steps": steps, "evaluations": evaluations(sampler, steps), "rho": rho,
-               "sigma_max": sigma_max, "guidance": guidance, **self.quality(clips),
+               "sigma_max": sigma_max, "guidance": guidance, **self.quality(made.clips),
                **distance_ratios(points, theirs, self.target, self.seed),
-               "rms_db": from_solution(made, self.solution(sigma_max), self.cfg),
-               "joins": {name: found["auc"] for name, found in seams(made, self.cfg, self.seed).items()}}
+               "rms_db": from_solution(made, self.solution(sigma_max)),
+               "joins": {name: found["auc"] for name, found in seams(made, self.seed).items()}}
         if self.spectra is not None:
             row |= note_ratios(*(self.notes_of([piece.wave for piece in some]) for some in (made, baseline)), self.seed)
         return row
 
     def starts(self, pieces: int) -> list[dict[str, Any]]:
         """From each sigma_max, so many pieces of two blocks: their levels, and their distances."""
-        made = {sigma_max: clips_of(self.make(*STARTING, sigma_max=sigma_max, pieces=pieces,
-                                              seconds=2 * self.cfg.block_seconds), self.cfg) for sigma_max in SIGMA_MAX}
+        made = {sigma_max: self.make(*STARTING, sigma_max=sigma_max, pieces=pieces,
+                                     seconds=2 * self.cfg.block_seconds).clips for sigma_max in SIGMA_MAX}
         levels = {sigma_max: levels_of(clips).reshape(pieces, -1) for sigma_max, clips in made.items()}
         return [{"sigma_max": sigma_max, **self.quality(clips),
                  **loudness(levels[sigma_max], levels[SIGMA_MAX[-1]], self.seed)} for sigma_max, clips in made.items()]
 
     def controls(self) -> dict[str, dict[str, Any]]:
         """Other real music, the same through phase retrieval, and noise at its level."""
-        again = [retrieved(piece, self.cfg, self.seed) for piece in self.others]
-        floor = clips_of(self.others, self.cfg)
+        again = retrieved(self.others, self.seed)
+        floor = self.others.clips
         noise = noise_like(floor, torch.Generator().manual_seed(self.seed))
         found = {"real": (floor, [piece.wave for piece in self.others]),
-                 "retrieved": (clips_of(again, self.cfg), [piece.wave for piece in again]),
+                 "retrieved": (again.clips, [piece.wave for piece in again]),
                  "noise": (noise, [*noise[:32]])}
         rows = {name: self.quality(clips) for name, (clips, _) in found.items()}
         for name, (_, waves) in found.items():

@@ -12,8 +12,8 @@ from pianodiff.audio import SPECTROGRAMS, save_audio
 from pianodiff.data import prepare
 from pianodiff.edm import Denoiser, edm_loss
 from pianodiff.model import PRESETS
+from pianodiff.recipe import native_bf16
 from pianodiff.synth import example_performance
-from pianodiff.train import _native_bf16
 from pianodiff.unet import UNet, UNetConfig
 
 
@@ -29,7 +29,7 @@ def steps(config: UNetConfig, device: str, batch_size: int, num_steps: int, comp
     def work() -> None:
         for _ in range(num_steps):
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device, torch.bfloat16, enabled=_native_bf16(torch.device(device))):
+            with torch.autocast(device, torch.bfloat16, enabled=native_bf16(torch.device(device))):
                 loss = edm_loss(denoiser, y, cond).mean()
             loss.backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""The book's own Sphinx extension: nbdev's notebooks as chapters, and the paper's equation numbers.
+"""The book's own Sphinx extension: nbdev's notebooks as chapters, the paper's equation numbers, and what pages carry.
 
 A chapter is written for nbdev, whose directives (`#| export`) stand at the head of a cell. A reader of the book needs
 none of them: they are taken off, and those that say what to show become the tags by which MyST-NB shows it; imports
@@ -8,13 +8,16 @@ are folded, and pictures get words for those who can't see them. The sources sta
 import ast
 import itertools
 import re
-from configparser import ConfigParser
+import textwrap
+from configparser import ConfigParser, SectionProxy
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from docutils import nodes
 from docutils.parsers.rst import directives as options
+from myst_nb.core.render import MimeData, NbElementRenderer
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
@@ -43,7 +46,7 @@ def split_directives(source: str) -> tuple[dict[str, str], str]:
 
 def describe(section: str, code: str) -> str:
     """The words for the pictures of a cell: its section, and the titles and labels that its code writes into them."""
-    words = re.findall(r"(?:title|label)\w*[=(]\s*f?[\"']([^\"']*[a-z][^\"'{}]*)[\"']", code)
+    words = re.findall(r"(?:title|label)\w*[=(]\s*f?[\"']([^\"'{}]*[a-z][^\"'{}]*)[\"']", code)
     return f"Picture: {section}" + (f" ({', '.join(dict.fromkeys(words))})" if words else "")
 
 
@@ -69,19 +72,51 @@ def read_chapter(text: str) -> nbformat.NotebookNode:
             tags += ["remove-cell"] if not cell.source else ["hide-input"] if imports else []
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), *tags]
             what = "imports" if imports else "the code"
-            cell.metadata["mystnb"] = {"image": {"alt": describe(section, cell.source)},
+            drawn = any("alt" in about for output in cell.outputs for about in output.get("metadata", {}).values())
+            cell.metadata["mystnb"] = {"image": {"alt": describe(section, "" if drawn else cell.source)},
                                        "code_prompt_show": f"Show {what}", "code_prompt_hide": f"Hide {what}"}
         else:
             section = re.findall(r"^#+ (.+)$", f"# {section}\n{cell.source}", re.M)[-1]
     return notebook
 
 
-def repository() -> tuple[str, str]:
-    """Where the project lies, by settings.ini: its address and its branch."""
+def at_night(planes: list[list[float]]) -> str:
+    """What lies over a figure and inverts it in the dark: all but its planes, given as picture.py does."""
+    edge = "0 0, 100% 0, 100% 100%, 0 100%, 0 0"
+    holes = "".join(f", {left}% {top}%, {right}% {top}%, {right}% {bottom}%, {left}% {bottom}%, {left}% {top}%, 0 0"
+                    for left, top, right, bottom in planes)
+    return f'<span class="night" style="clip-path: polygon(evenodd, {edge}{holes})"></span>'
+
+
+def show_picture(self: NbElementRenderer, data: MimeData) -> list[nodes.Element]:
+    """An output's picture, in the words that picture.py took from the figure; for the dark, what to invert of it."""
+    image, = render_image(self, data)
+    about = data.output_metadata.get(data.mime_type, {})
+    if "planes" not in about:
+        return [image]
+    del image["height"]     # the page's width may shrink it
+    image["alt"] = ": ".join(filter(None, (image["alt"], about["alt"])))
+    image["classes"].append("dark-light")    # the theme dims pictures of another class
+    return [nodes.container("", image, nodes.raw("", at_night(about["planes"]), format="html"), classes=["picture"])]
+
+
+def settings() -> SectionProxy:
+    """What settings.ini says of the project."""
     config = ConfigParser()
     config.read(ROOT / "settings.ini")
-    known = config["DEFAULT"]
+    return config["DEFAULT"]
+
+
+def repository() -> tuple[str, str]:
+    """Where the project lies: its address and its branch."""
+    known = settings()
     return f"https://github.com/{known['user']}/{known['repo']}", known["branch"]
+
+
+def published() -> str:
+    """The address of the book's folder on the web: GitHub's pages of the repository."""
+    _, _, _, user, name = repository()[0].split("/")
+    return f"https://{user}.github.io/{name}/"
 
 
 def install_cell() -> str:
@@ -93,11 +128,15 @@ if importlib.util.find_spec("pianodiff") is None:  # in Colab
     get_ipython().system("pip install -q git+{repository()[0]}")"""
 
 
+COLAB = "https://colab.research.google.com"
+
+
 def offer_colab(app: Sphinx, config: Config) -> None:
-    """A button on each chapter opens its notebook there."""
+    """A button on each chapter opens its notebook there, and another the repository."""
     address, branch = repository()
     config.html_theme_options |= {"repository_url": address, "repository_branch": branch, "path_to_docs": "",
-                                  "launch_buttons": {"colab_url": "https://colab.research.google.com"}}
+                                  "use_repository_button": True, "launch_buttons": {"colab_url": COLAB}}
+    config.html_baseurl = published()
 
 
 class Player(SphinxDirective):
@@ -112,11 +151,53 @@ class Player(SphinxDirective):
         return [nodes.raw("", player(load_audio(path), title=self.options.get("title")).data, format="html")]
 
 
-def mend_lists(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+def mend_lists(body: str) -> str:
     """Lists that are none, for a screen reader: Sphinx's of a long signature's parameters, docutils' of citations."""
     body = re.sub(r'<dl>\s*(<dd><em class="sig-param">.*?)</dl>', lambda match: "<div>" + re.sub(
-        r"<(/?)dd>", r"<\1div>", match[1]) + "</div>", context.get("body", ""), flags=re.S)
-    context["body"] = body.replace('<div role="list" class="citation-list">', '<div class="citation-list">')
+        r"<(/?)dd>", r"<\1div>", match[1]) + "</div>", body, flags=re.S)
+    return body.replace('<div role="list" class="citation-list">', '<div class="citation-list">')
+
+
+def preview(app: Sphinx, page: str, title: str, doctree: nodes.document | None) -> str:
+    """What a link to a page shows elsewhere: its title, the beginning of its text, and its first picture."""
+    doctree = doctree or nodes.document(None, None)
+    texts = (re.sub("<!--.*?-->", "", node.astext()) for node in doctree.findall(nodes.paragraph))
+    text = next((text for text in texts if len(text) > 80), settings()["description"])
+    short = textwrap.shorten(text, 200, placeholder=" …")
+    files = (app.builder.images.get(node["uri"]) for node in doctree.findall(nodes.image))
+    picture = next((f"_images/{file}" for file in files if file), "_static/nano-seed7.png")
+    told = {"og:title": title, "og:description": short, "og:type": "article",
+            "og:image": published() + picture, "og:url": f"{published()}{page}.html"}
+    return (f'<meta name="description" content="{escape(short)}">\n'
+            '<meta name="twitter:card" content="summary_large_image">\n'
+            + "".join(f'<meta property="{name}" content="{escape(value)}">\n' for name, value in told.items()))
+
+
+def finish_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    """Mend a page's lists, leave out MathJax where there is no maths, and say what a link to it shows."""
+    body = mend_lists(context.get("body", ""))
+    address, branch = repository()
+    here = f"{COLAB}/github/{address.removeprefix('https://github.com/')}/blob/{branch}/{page}.ipynb"
+    context["body"] = body.replace(f'href="{COLAB}"', f'href="{here}"')    # the studio's, where it has no kernel
+    if 'class="math ' not in body:
+        context["script_files"] = [file for file in context["script_files"] if "mathjax" not in str(file.filename)]
+    title = re.sub("<[^>]*>", "", context.get("title") or app.config.project)
+    context["metatags"] = context.get("metatags", "") + preview(app, page, title, doctree)
+
+
+def drop_icons_script(app: Sphinx, error: Exception | None) -> None:
+    """The theme brings its icons twice, as a font and as a script of 1.5 MB; the font stays."""
+    for path in [] if error else Path(app.outdir).rglob("*.html"):
+        text = path.read_text()
+        if (lighter := re.sub(r"<script src=\"[^\"]*/fontawesome\.js[^\"]*\"></script>", "", text)) != text:
+            path.write_text(lighter)
+
+
+def link_equations(app: Sphinx, what: str, name: str, what_for: Any, how: Any, lines: list[str]) -> None:
+    """`Eq. (guidance)` in a docstring links to the equation `eq-guidance`, and shows its number in the book."""
+    cited = r"Eqs?\. \([\w-]+\)(?:(?:, | and |, and | to )\([\w-]+\))*"
+    text = re.sub(cited, lambda match: re.sub(r"\(([\w-]+)\)", r":eq:`eq-\1`", match[0]), "\n".join(lines))
+    lines[:] = text.split("\n")
 
 
 def number_equations(app: Sphinx, env: BuildEnvironment) -> list[str]:
@@ -129,9 +210,15 @@ def number_equations(app: Sphinx, env: BuildEnvironment) -> list[str]:
     return []
 
 
+render_image = NbElementRenderer.render_image
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
+    NbElementRenderer.render_image = show_picture    # MyST-NB has no hook for it
     app.add_directive("player", Player)
     app.connect("config-inited", offer_colab)
-    app.connect("html-page-context", mend_lists)
+    app.connect("html-page-context", finish_page, priority=900)    # after MathJax has been asked for
+    app.connect("build-finished", drop_icons_script)
+    app.connect("autodoc-process-docstring", link_equations)
     app.connect("env-get-updated", number_equations, priority=900)   # after Sphinx has numbered them
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -6,6 +6,7 @@ A chapter that is run by hand shows Matplotlib's own pictures.
 import base64
 import io
 import re
+import textwrap
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -15,6 +16,7 @@ from PIL import Image
 
 DENSITY = 2     # pixels of the file for one of the page
 COLOURS = 64    # magma's and the lines': the eye sees no difference, and a third of the bytes is left
+FEW, HEAVY = 16, 150_000    # so many where that would take more bytes: planes of noise, in which nobody counts colours
 MARGIN = 0.05   # inches around what is drawn
 
 
@@ -40,28 +42,37 @@ def words(figure: Figure) -> str:
     """A figure's alternative text, from what it says itself; empty where it says nothing."""
     heading = [plain(figure.get_suptitle())] if figure.get_suptitle() else []
     found = [words_of(axes) for axes in figure.axes if axes.get_visible()]
-    return ". ".join(dict.fromkeys(filter(None, heading + found)))
+    return textwrap.shorten(". ".join(dict.fromkeys(filter(None, heading + found))), 300, placeholder=" …")
 
 
 def planes(figure: Figure, seen: Bbox) -> list[list[float]]:
     """Where coloured planes lie, which must stay as they are in the dark: [left, top, right, bottom] in percent."""
     boxes = [axes.get_window_extent().transformed(figure.dpi_scale_trans.inverted()) for axes in figure.axes
              if axes.get_visible() and (axes.images or axes.get_label() == "<colorbar>")]
-    return [[round(100 * float(part), 2) for part in (
+    return [[round(100 * float(part), 1) for part in (
         (box.x0 - seen.x0) / seen.width, (seen.y1 - box.y1) / seen.height,
         (box.x1 - seen.x0) / seen.width, (seen.y1 - box.y0) / seen.height)] for box in boxes]
+
+
+def packed(image: Image.Image, colours: int) -> bytes:
+    """A PNG file with a palette."""
+    file = io.BytesIO()
+    image.quantize(colours, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    return file.getvalue()
 
 
 def png(figure: Figure) -> tuple[str, dict[str, Any]]:
     """The PNG of a figure in base64, and its metadata: width and height in the page's pixels, `alt` and `planes`."""
     figure.draw_without_rendering()
     seen = figure.get_tightbbox().padded(MARGIN)
-    drawn, packed = io.BytesIO(), io.BytesIO()
+    drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DENSITY * figure.dpi, bbox_inches=seen, facecolor="white")
     image = Image.open(drawn).convert("RGB")
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
+    file = packed(image, COLOURS)
+    if len(file) > HEAVY:
+        file = packed(image, FEW)
     size = {"width": image.width // DENSITY, "height": image.height // DENSITY}
-    return base64.b64encode(packed.getvalue()).decode(), size | {"alt": words(figure), "planes": planes(figure, seen)}
+    return base64.b64encode(file).decode(), size | {"alt": words(figure), "planes": planes(figure, seen)}
 
 
 def install(shell: Any) -> None:

@@ -3,50 +3,73 @@
 # %% auto #0
 __all__ = ['Moments', 'frechet_distance', 'Extrapolation', 'frechet_infinity', 'median_distance', 'kernel_distance_to',
            'kernel_distance', 'interval', 'Embedding', 'LogMel', 'vggish_examples', 'VGGish', 'Encoder',
-           'load_embedding', 'embed']
+           'load_embedding', 'embed', 'distances', 'floors', 'farther', 'ranks_rightly', 'plot_distances',
+           'plot_floors', 'distance_section']
 
 # %% ../nbs/09a_distance.ipynb #60a76642
 import hashlib
 import json
 import math
 import os
+import re
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import linear_regression
+from statistics import linear_regression, median
 from typing import Any, Protocol
 
+import numpy as np
 import soxr
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .audio import SpectrogramConfig, to_spectrogram
-from .files import write_whole
+from .files import in_order, load_tensors, save_tensors, write_whole
+from .pieces import Comparison, Pieces, Row, Section, by_decades, in_style, new_axes
 
-# %% ../nbs/09a_distance.ipynb #50d7c455
+# %% ../nbs/09a_distance.ipynb #0a0c7d19
 def _check_points(x: Tensor) -> Tensor:
-    """`x` `[N, D]` in float64, on the CPU; ValueError unless it is finite and has that shape, N > 0."""
+    """`x` `[N, D]` in float64, on the CPU; ValueError unless it is finite and has that
+    shape, N > 0.
+    """
     if x.ndim != 2 or not x.numel():
-        raise ValueError(f"embeddings [N, D] are needed, with N and D at least 1, not of shape {list(x.shape)}")
+        raise ValueError("embeddings [N, D] are needed, with N and D at least 1, "
+                         f"not of shape {list(x.shape)}")
     if not torch.isfinite(x).all():
-        raise ValueError("the embeddings hold NaN or infinite values; find the clips that they come from")
+        raise ValueError("the embeddings hold NaN or infinite values; find the clips "
+                         "that they come from")
     return x.detach().to("cpu", torch.float64)
 
 
-class Moments:
-    """Mean and covariance of points in `dim` dimensions, gathered batch by batch in float64 (Chan et al. 1983).
+def _shrunk(cov: Tensor, n: int) -> Tensor:
+    """The covariance `[D, D]` of n points, drawn towards a ball of the same trace."""
+    dim = len(cov)
+    trace, squares = cov.trace(), cov.square().sum()  # tr(S) and tr(S^2)
+    spread = (n - 2 / dim) * (squares - trace**2 / dim)
+    weight = float(((1 - 2 / dim) * squares + trace**2) / spread) if spread > 0 else 1.0
+    weight = min(1.0, weight)
+    ball = trace / dim * torch.eye(dim, dtype=torch.float64)
+    return (1 - weight) * cov + weight * ball
 
-    `n` is the number of points so far, `mean` `[D]` their mean, and `cov` `[D, D]` their unbiased covariance.
+# %% ../nbs/09a_distance.ipynb #50d7c455
+class Moments:
+    """Mean and covariance of points in `dim` dimensions, gathered batch by batch in
+    float64 (Chan et al. 1983).
+
+    `n` is the number of points so far, `mean` `[D]` their mean, and `cov` `[D, D]`
+    their unbiased covariance.
     """
 
     def __init__(self, dim: int) -> None:
         self.n, self.mean = 0, torch.zeros(dim, dtype=torch.float64)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
+        # sum of (x - mean)(x - mean)^T
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
         self._full_rank = False  # true after shrinkage, however few the points
         self._root: Tensor | None = None
 
@@ -56,74 +79,88 @@ class Moments:
         return cls(x.shape[-1]).update(x)
 
     def update(self, x: Tensor) -> "Moments":
-        """Add the points `x` `[N, D]`, and return self. Raises ValueError for another D and for NaN or infinity."""
+        """Add the points `x` `[N, D]`, and return self. Raises ValueError for another D
+        and for NaN or infinity.
+        """
         x = _check_points(x)
         if x.shape[1] != len(self.mean):
-            raise ValueError(f"points of {x.shape[1]} dimensions can't join those of {len(self.mean)}")
+            raise ValueError(f"points of {x.shape[1]} dimensions can't join those of "
+                             f"{len(self.mean)}")
         mean, total = x.mean(0), self.n + len(x)
         centred, delta = x - mean, mean - self.mean
-        self._scatter += centred.T @ centred + self.n * len(x) / total * torch.outer(delta, delta)
+        apart = torch.outer(delta, delta)
+        self._scatter += centred.T @ centred + self.n * len(x) / total * apart
         self.mean = self.mean + len(x) / total * delta
         self.n, self._root = total, None
         return self
 
     @property
     def cov(self) -> Tensor:
-        """The unbiased covariance `[D, D]`. Raises ValueError for fewer than 2 points."""
+        """The unbiased covariance `[D, D]`. Raises ValueError for fewer than 2 points.
+        """
         if self.n < 2:
-            raise ValueError(f"a covariance needs at least 2 clips, not {self.n}; give more")
+            raise ValueError(f"a covariance needs at least 2 clips, not {self.n}; "
+                             "give more")
         return self._scatter / (self.n - 1)
 
     @property
     def root(self) -> Tensor:
-        """The symmetric square root `[D, D]` of the covariance, computed once. Raises ValueError as `cov` does."""
+        """The symmetric square root `[D, D]` of the covariance, computed once. Raises
+        ValueError as `cov` does.
+        """
         if self._root is None:
             values, vectors = torch.linalg.eigh(self.cov)
             self._root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         return self._root
 
     def shrunk(self) -> "Moments":
-        """A copy whose covariance is drawn towards a multiple of the identity, for when points are few.
+        """A copy whose covariance is drawn towards a multiple of the identity, for when
+        points are few.
 
-        Oracle approximating shrinkage (Chen et al. 2010, Eq. (23)), with n - 1 in the place of n, as the mean is
-        estimated as well. The trace stays. Raises ValueError for fewer than 2 points.
+        Oracle approximating shrinkage (Chen et al. 2010, Eq. (23)), with n - 1 in the
+        place of n, as the mean is estimated as well. The trace stays. Raises ValueError
+        for fewer than 2 points.
         """
-        cov, dim = self.cov, len(self.mean)
-        trace, squares = cov.trace(), cov.square().sum()  # tr(S) and tr(S^2)
-        spread = (self.n - 2 / dim) * (squares - trace**2 / dim)
-        weight = min(1.0, float(((1 - 2 / dim) * squares + trace**2) / spread)) if spread > 0 else 1.0
-        copy = Moments(dim)
+        copy = Moments(len(self.mean))
         copy.n, copy.mean, copy._full_rank = self.n, self.mean.clone(), True
-        copy._scatter = (self.n - 1) * ((1 - weight) * cov + weight * trace / dim * torch.eye(dim, dtype=torch.float64))
+        copy._scatter = (self.n - 1) * _shrunk(self.cov, self.n)
         return copy
 
 # %% ../nbs/09a_distance.ipynb #7d12647f
 def _frechet(a: Moments, b: Moments) -> float:
     """Eq. (37)."""
     cross = torch.linalg.svdvals(a.root @ b.root).sum()
-    squared = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
+    squared = (a.mean - b.mean).square().sum() + (a.cov + b.cov).trace() - 2 * cross
     return max(float(squared), 0.0)
 
 
-def _check_pair(n: int, x_dim: int, reference: Moments, full_rank: bool = False) -> None:
-    """ValueError for other dimensions or fewer than 2 points; a warning for fewer points than dimensions."""
+def _check_pair(n: int, x_dim: int, reference: Moments,
+                full_rank: bool = False) -> None:
+    """ValueError for other dimensions or fewer than 2 points; a warning for fewer
+    points than dimensions.
+    """
     if x_dim != len(reference.mean):
-        raise ValueError(f"embeddings of {x_dim} and {len(reference.mean)} dimensions can't be compared; "
-                         "make both with one embedding")
+        raise ValueError(f"embeddings of {x_dim} and {len(reference.mean)} "
+                         "dimensions can't be compared; make both with one embedding")
     if min(n, reference.n) < 2:
-        raise ValueError(f"a distance needs at least 2 clips on each side, not {n} and {reference.n}; give more")
-    few = min([n] * (not full_rank) + [reference.n] * (not reference._full_rank), default=math.inf)
+        raise ValueError(f"a distance needs at least 2 clips on each side, not {n} "
+                         f"and {reference.n}; give more")
+    few = min([n] * (not full_rank) + [reference.n] * (not reference._full_rank),
+              default=math.inf)
     if few <= x_dim:
-        warnings.warn(f"{few} clips in {x_dim} dimensions give a covariance without full rank, and a distance that is "
-                      "much too large; give more clips, use Moments.shrunk(), or trust the kernel distance",
+        warnings.warn(f"{few} clips in {x_dim} dimensions give a covariance without "
+                      "full rank, and a distance that is much too large; give more "
+                      "clips, use Moments.shrunk(), or trust the kernel distance",
                       stacklevel=3)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """The Fréchet distance of two Gaussians, squared as is the custom: Eq. (37), in float64; never negative.
+    """The Fréchet distance of two Gaussians, squared as is the custom: Eq. (37), in
+    float64; never negative.
 
-    It is biased upwards, about as 1/N in the number of clips of either side. Raises ValueError for other dimensions and
-    for fewer than 2 clips; warns where clips are no more than dimensions, unless that side has been `shrunk`.
+    It is biased upwards, about as 1/N in the number of clips of either side. Raises
+    ValueError for other dimensions and for fewer than 2 clips; warns where clips are no
+    more than dimensions, unless that side has been `shrunk`.
     """
     _check_pair(a.n, len(a.mean), b, a._full_rank)
     return _frechet(a, b)
@@ -139,57 +176,72 @@ class Extrapolation:
     distances: list[float]  # their mean distances
 
 
-def frechet_infinity(x: Tensor, reference: Moments, *, num_sizes: int = 6, repeats: int = 8,
-                     seed: int = 0) -> Extrapolation:
-    """The Fréchet distance of the points `x` `[N, D]`, extrapolated to infinite N (Chong and Forsyth 2020).
+def frechet_infinity(x: Tensor, reference: Moments, *, num_sizes: int = 6,
+                     repeats: int = 8, seed: int = 0) -> Extrapolation:
+    """The Fréchet distance of the points `x` `[N, D]`, extrapolated to infinite N
+    (Chong and Forsyth 2020).
 
-    `num_sizes` sizes from N / 2 to N, evenly spaced in 1/N; at each the mean distance of `repeats` random subsets; and
-    a line by least squares. Unlike the distance, the intercept may be negative, where there is no distance to be seen.
-    The reference's own bias remains. Raises ValueError as `frechet_distance` does and for fewer than 4 points; warns
-    where the smallest subset has no more points than dimensions.
+    `num_sizes` sizes from N / 2 to N, evenly spaced in 1/N; at each the mean distance
+    of `repeats` random subsets; and a line by least squares. Unlike the distance, the
+    intercept may be negative, where there is no distance to be seen. The reference's
+    own bias remains. Raises ValueError as `frechet_distance` does and for fewer than 4
+    points; warns where the smallest subset has no more points than dimensions.
     """
     x = _check_points(x)
     if len(x) < 4 or num_sizes < 2 or repeats < 1:
-        raise ValueError(f"an extrapolation needs 4 clips, 2 sizes and 1 repeat at least, not {len(x)} clips, "
-                         f"{num_sizes} sizes and {repeats} repeats")
-    sizes = sorted({round(len(x) / f) for f in torch.linspace(2, 1, num_sizes).tolist()})
+        raise ValueError("an extrapolation needs 4 clips, 2 sizes and 1 repeat at "
+                         f"least, not {len(x)} clips, {num_sizes} sizes and "
+                         f"{repeats} repeats")
+    sizes = sorted({round(len(x) / f)
+                    for f in torch.linspace(2, 1, num_sizes).tolist()})
     _check_pair(sizes[0], x.shape[1], reference)
     generator, distances = torch.Generator().manual_seed(seed), []
     for n in sizes:
-        subsets = [torch.randperm(len(x), generator=generator)[:n] for _ in range(repeats if n < len(x) else 1)]
-        distances.append(sum(_frechet(Moments.of(x[subset]), reference) for subset in subsets) / len(subsets))
-    slope, value = linear_regression([1 / n for n in sizes], distances)  # in which no sum's order is left to chance
+        subsets = [torch.randperm(len(x), generator=generator)[:n]
+                   for _ in range(repeats if n < len(x) else 1)]
+        distances.append(sum(_frechet(Moments.of(x[subset]), reference)
+                             for subset in subsets) / len(subsets))
+    # in which no sum's order is left to chance
+    slope, value = linear_regression([1 / n for n in sizes], distances)
     return Extrapolation(value, slope, sizes, distances)
 
 # %% ../nbs/09a_distance.ipynb #ff7379f7
 def median_distance(y: Tensor) -> float:
-    """The median distance between two of the points `y` `[N, D]`, at most 1,000 of them, evenly chosen.
+    """The median distance between two of the points `y` `[N, D]`, at most 1,000 of
+    them, evenly chosen.
 
-    Raises ValueError for fewer than 2 points, for NaN, and where most of the points coincide.
+    Raises ValueError for fewer than 2 points, for NaN, and where most of the points
+    coincide.
     """
     y = _check_points(y)
-    median = float(torch.pdist(y[:: math.ceil(len(y) / 1000)]).median()) if len(y) > 1 else 0.0
+    median = (float(torch.pdist(y[:: math.ceil(len(y) / 1000)]).median())
+              if len(y) > 1 else 0.0)
     if not median > 0:
-        raise ValueError(f"a bandwidth needs at least 2 different clips; these {len(y)} are one or (mostly) the same")
+        raise ValueError("a bandwidth needs at least 2 different clips; these "
+                         f"{len(y)} are one or (mostly) the same")
     return median
 
 # %% ../nbs/09a_distance.ipynb #229e718a
 def _kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> float:
     """Sum of exp(-|x - y|^2 / 2h^2) over all pairs, 1,024 rows at a time."""
-    return sum(float((torch.cdist(rows, y) / bandwidth).square().div(-2).exp().sum()) for rows in x.split(1024))
+    return sum(float((torch.cdist(rows, y) / bandwidth).square().div(-2).exp().sum())
+               for rows in x.split(1024))
 
 
-def kernel_distance_to(y: Tensor, *, bandwidth: float | None = None) -> Callable[[Tensor], float]:
-    """`kernel_distance` from the reference `y` `[M, D]`, as a function of x: what y alone decides is computed once.
+def kernel_distance_to(y: Tensor, *,
+                       bandwidth: float | None = None) -> Callable[[Tensor], float]:
+    """`kernel_distance` from the reference `y` `[M, D]`, as a function of x: what y
+    alone decides is computed once.
 
-    Raises ValueError for fewer than 2 points, NaN, and a bandwidth that is not positive; the function as
-    `kernel_distance` does.
+    Raises ValueError for fewer than 2 points, NaN, and a bandwidth that is not
+    positive; the function as `kernel_distance` does.
     """
     y = _check_points(y)
     h = median_distance(y) if bandwidth is None else bandwidth
     if len(y) < 2 or not 0 < h < math.inf:
-        raise ValueError(f"bandwidth is {bandwidth}, of {len(y)} clips: give a positive number, or None for the "
-                         "reference's own, and at least 2 clips")
+        raise ValueError(f"bandwidth is {bandwidth}, of {len(y)} clips: give a "
+                         "positive number, or None for the reference's own, and at "
+                         "least 2 clips")
 
     def within(z: Tensor) -> float:  # without k(z, z) = 1
         return (_kernel_sum(z, z, h) - len(z)) / (len(z) * (len(z) - 1))
@@ -199,47 +251,62 @@ def kernel_distance_to(y: Tensor, *, bandwidth: float | None = None) -> Callable
     def distance(x: Tensor) -> float:
         x = _check_points(x)
         if x.shape[1] != y.shape[1]:
-            raise ValueError(f"embeddings of {x.shape[1]} and {y.shape[1]} dimensions can't be compared; "
-                             "make both with one embedding")
+            raise ValueError(f"embeddings of {x.shape[1]} and {y.shape[1]} "
+                             "dimensions can't be compared; make both with one "
+                             "embedding")
         if len(x) < 2:
-            raise ValueError(f"a distance needs at least 2 clips on each side, not {len(x)} and {len(y)}; give more")
+            raise ValueError("a distance needs at least 2 clips on each side, not "
+                             f"{len(x)} and {len(y)}; give more")
         return within(x) + within_y - 2 * _kernel_sum(x, y, h) / (len(x) * len(y))
 
     return distance
 
 
 def kernel_distance(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> float:
-    """The squared maximum mean discrepancy of `x` `[N, D]` and `y` `[M, D]`, unbiased: Gretton et al. 2012, Eq. (3).
+    """The squared maximum mean discrepancy of `x` `[N, D]` and `y` `[M, D]`, unbiased:
+    Gretton et al. 2012, Eq. (3).
 
-    The kernel is Gaussian, between 0 and 1; its `bandwidth` is the `median_distance` of `y`, the reference, if not
-    given. In float64; memory grows with N + M, not with their product. Negative values are chance, and mean "no
-    distance". Raises ValueError for other dimensions, fewer than 2 points, NaN, and a bandwidth that is not positive.
+    The kernel is Gaussian, between 0 and 1; its `bandwidth` is the `median_distance` of
+    `y`, the reference, if not given. In float64; memory grows with N + M, not with
+    their product. Negative values are chance, and mean "no distance". Raises ValueError
+    for other dimensions, fewer than 2 points, NaN, and a bandwidth that is not
+    positive.
     """
     return kernel_distance_to(y, bandwidth=bandwidth)(x)
 
 # %% ../nbs/09a_distance.ipynb #d7447723
-def interval(statistic: Callable[[Tensor], float], x: Tensor, *, groups: Tensor | None = None, resamples: int = 100,
-             level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """A confidence interval for `statistic` of the population that `x` `[N, ...]` is drawn from (Eq. (halves)).
+def interval(statistic: Callable[[Tensor], float], x: Tensor, *,
+             groups: Tensor | None = None, resamples: int = 100, level: float = 0.95,
+             seed: int = 0) -> tuple[float, float]:
+    """A confidence interval for `statistic` of the population that `x` `[N, ...]` is
+    drawn from (Eq. (halves)).
 
-    The statistic is computed on `resamples` random halves of `x`, which give its spread and take out a bias of order
-    1/N. So for a Fréchet distance the interval is about that of infinitely many clips, and lies below the distance of
-    `x` itself. It knows nothing of chance in the reference. Clips of one recording are not independent: `groups` `[N]`
-    numbers the recordings, and halves of these are drawn. Raises ValueError for groups of another length, fewer than 4
-    clips or groups, fewer than 2 resamples, or a level outside (0, 1).
+    The statistic is computed on `resamples` random halves of `x`, which give its spread
+    and take out a bias of order 1/N. So for a Fréchet distance the interval is about
+    that of infinitely many clips, and lies below the distance of `x` itself. It knows
+    nothing of chance in the reference. Clips of one recording are not independent:
+    `groups` `[N]` numbers the recordings, and halves of these are drawn. Raises
+    ValueError for groups of another length, fewer than 4 clips or groups, fewer than 2
+    resamples, or a level outside (0, 1).
     """
     groups = torch.arange(len(x)) if groups is None else groups
     if groups.shape != x.shape[:1]:
-        raise ValueError(f"groups must number each of the {len(x)} clips, not be of shape {list(groups.shape)}")
+        raise ValueError(f"groups must number each of the {len(x)} clips, not be of "
+                         f"shape {list(groups.shape)}")
     names = groups.unique()
     if len(names) < 4 or resamples < 2 or not 0 < level < 1:
-        raise ValueError("an interval needs 4 clips or groups and 2 resamples at least and a level between 0 and 1, "
-                         f"not {len(names)}, {resamples} and {level}")
+        raise ValueError("an interval needs 4 clips or groups and 2 resamples at "
+                         f"least and a level between 0 and 1, not {len(names)}, "
+                         f"{resamples} and {level}")
     generator = torch.Generator().manual_seed(seed)
-    drawn = [names[torch.randperm(len(names), generator=generator)[: len(names) // 2]] for _ in range(resamples)]
-    halves = torch.tensor([statistic(x[torch.isin(groups, half)]) for half in drawn], dtype=torch.float64)
+    drawn = [names[torch.randperm(len(names), generator=generator)[: len(names) // 2]]
+             for _ in range(resamples)]
+    halves = torch.tensor([statistic(x[torch.isin(groups, half)]) for half in drawn],
+                          dtype=torch.float64)
     middle = 2 * float(statistic(x)) - float(halves.mean())
-    reach = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)) * halves.std())
+    reach = (math.sqrt(2)
+             * float(torch.erfinv(torch.tensor(level, dtype=torch.float64))
+                     * halves.std()))
     return middle - reach, middle + reach
 
 # %% ../nbs/09a_distance.ipynb #2b07db28
@@ -250,27 +317,38 @@ class Embedding(Protocol):
     sample_rate: int  # Hz, of what it listens to; other rates are resampled to it
 
     def __call__(self, waves: Tensor, sample_rate: int) -> Tensor:
-        """Points `[N, D]` float32 of the clips `waves` `[N, T]`. Raises ValueError for too short or not finite ones."""
+        """Points `[N, D]` float32 of the clips `waves` `[N, T]`. Raises ValueError for
+        too short or not finite ones.
+        """
         ...
 
 
 def _at_rate(waves: Tensor, sample_rate: int, wanted: int) -> Tensor:
-    """Clips `[N, T]` as float32 on the CPU, resampled by soxr; ValueError for another shape, integers and NaN."""
+    """Clips `[N, T]` as float32 on the CPU, resampled by soxr; ValueError for another
+    shape, integers and NaN.
+    """
     if waves.ndim != 2 or not waves.numel() or not waves.is_floating_point():
-        raise ValueError(f"floating-point clips [N, T] with N and T at least 1 are needed, "
-                         f"not {waves.dtype} {list(waves.shape)}")
+        raise ValueError("floating-point clips [N, T] with N and T at least 1 are "
+                         f"needed, not {waves.dtype} {list(waves.shape)}")
     if not torch.isfinite(waves).all():
-        raise ValueError("the clips hold NaN or infinite samples; repair or leave them out")
+        raise ValueError("the clips hold NaN or infinite samples; repair or leave "
+                         "them out")
     waves = waves.detach().cpu().float()
     if sample_rate == wanted:
         return waves
-    return torch.stack([torch.from_numpy(soxr.resample(wave.numpy(), sample_rate, wanted)) for wave in waves])
+    return torch.stack([torch.from_numpy(soxr.resample(wave.numpy(), sample_rate,
+                                                       wanted)) for wave in waves])
 
 # %% ../nbs/09a_distance.ipynb #bd63a324
 @cache
-def _mel_filters(bands: int, low: float, high: float, n_fft: int, sample_rate: int) -> Tensor:
-    """Triangles `[n_fft//2 + 1, bands]`, straight and evenly spaced on HTK's mel scale from `low` to `high` Hz."""
-    mel = 1127 * torch.log1p(torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None] * sample_rate / n_fft / 700)
+def _mel_filters(bands: int, low: float, high: float, n_fft: int,
+                 sample_rate: int) -> Tensor:
+    """Triangles `[n_fft//2 + 1, bands]`, straight and evenly spaced on HTK's mel scale
+    from `low` to `high` Hz.
+    """
+    mel = (1127
+           * torch.log1p(torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None]
+                         * sample_rate / n_fft / 700))
     first, last = (1127 * math.log1p(hertz / 700) for hertz in (low, high))
     step = (last - first) / (bands + 1)
     centres = first + step * torch.arange(1, bands + 1, dtype=torch.float64)
@@ -278,35 +356,44 @@ def _mel_filters(bands: int, low: float, high: float, n_fft: int, sample_rate: i
 
 # %% ../nbs/09a_distance.ipynb #ef9ce01b
 class LogMel:
-    """Statistics of the level in 24 mel bands: mean, deviation, rises, falls over 32 ms; D = 96, in bels.
+    """Statistics of the level in 24 mel bands: mean, deviation, rises, falls over 32
+    ms; D = 96, in bels.
 
-    Deterministic and without weights. Sees timbre, register, loudness and how sharply notes begin and end; blind to
-    harmony and to slow rhythm. At least 3 frames of 128 samples at 8 kHz are needed.
+    Deterministic and without weights. Sees timbre, register, loudness and how sharply
+    notes begin and end; blind to harmony and to slow rhythm. At least 3 frames of 128
+    samples at 8 kHz are needed.
     """
 
     name, sample_rate = "logmel-24x4", 8000
 
     def __call__(self, waves: Tensor, sample_rate: int) -> Tensor:
-        """Points `[N, 96]` of the clips `[N, T]`; raises ValueError if they are too short or not finite."""
+        """Points `[N, 96]` of the clips `[N, T]`; raises ValueError if they are too
+        short or not finite.
+        """
         cfg = SpectrogramConfig()
         waves = _at_rate(waves, sample_rate, self.sample_rate)
         if waves.shape[1] < 3 * cfg.hop_length:
-            raise ValueError(f"{waves.shape[1]} samples at 8 kHz are too short for logmel; "
-                             f"give clips of {3 * cfg.hop_length} or more")
+            raise ValueError(f"{waves.shape[1]} samples at 8 kHz are too short for "
+                             f"logmel; give clips of {3 * cfg.hop_length} or more")
         return self.points(self.levels(to_spectrogram(waves, cfg), cfg))
 
     @staticmethod
     def levels(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
-        """The bands' levels in bels `[..., 24, frames]` in a spectrogram `[..., n_bins, frames]` in [0, 1]."""
-        filters = _mel_filters(24, 27.5, cfg.sample_rate / 2, cfg.n_fft, cfg.sample_rate)[: cfg.n_bins]
-        power = (spec - 1).mul_(cfg.top_db / 10 * math.log2(10)).exp2_()  # at least -80 dB a bin
+        """The bands' levels in bels `[..., 24, frames]` in a spectrogram `[..., n_bins,
+        frames]` in [0, 1].
+        """
+        rate = cfg.sample_rate
+        filters = _mel_filters(24, 27.5, rate / 2, cfg.n_fft, rate)[: cfg.n_bins]
+        # at least -80 dB a bin
+        power = (spec - 1).mul_(cfg.top_db / 10 * math.log2(10)).exp2_()
         return (filters.T.to(power) @ power).log10_()
 
     @staticmethod
     def points(levels: Tensor) -> Tensor:
         """Points `[..., 96]` of levels `[..., 24, frames]`, 3 frames at least."""
         change = levels[..., 2:] - levels[..., :-2]
-        rises, falls = (part.square_().mean(-1).sqrt() for part in (change.clamp(min=0), change.clamp(max=0)))
+        rises, falls = (part.square_().mean(-1).sqrt()
+                        for part in (change.clamp(min=0), change.clamp(max=0)))
         return torch.cat([levels.mean(-1), levels.std(-1), rises, falls], dim=-1)
 
 # %% ../nbs/09a_distance.ipynb #605f482d
@@ -314,15 +401,19 @@ _VGGISH_FILTERS = _mel_filters(64, 125, 7500, 512, 16000)
 
 
 def vggish_examples(waves: Tensor, sample_rate: int) -> Tensor:
-    """VGGish's input `[N, E, 96, 64]`, E examples of 0.96 s from each clip of `waves` `[N, T]` (Hershey et al. 2017).
+    """VGGish's input `[N, E, 96, 64]`, E examples of 0.96 s from each clip of `waves`
+    `[N, T]` (Hershey et al. 2017).
 
-    As published with the network: log(magnitude in mel bands + 0.01), time by band. Raises ValueError for clips
-    shorter than 0.975 s and for not finite ones.
+    As published with the network: log(magnitude in mel bands + 0.01), time by band.
+    Raises ValueError for clips shorter than 0.975 s and for not finite ones.
     """
     waves = _at_rate(waves, sample_rate, 16000)
     if waves.shape[1] < 400 + 95 * 160:
-        raise ValueError(f"{waves.shape[1] / 16000:.3g} s are too short for VGGish; give clips of 0.975 s or more")
-    frames = waves.double().unfold(1, 400, 160) * torch.hann_window(400, dtype=torch.float64)  # [N, frames, 400]
+        raise ValueError(f"{waves.shape[1] / 16000:.3g} s are too short for VGGish; "
+                         "give clips of 0.975 s or more")
+    # [N, frames, 400]
+    frames = (waves.double().unfold(1, 400, 160)
+              * torch.hann_window(400, dtype=torch.float64))
     mel = (torch.fft.rfft(frames, 512).abs() @ _VGGISH_FILTERS + 0.01).log()
     return mel[:, : mel.shape[1] // 96 * 96].unflatten(1, (-1, 96)).float()
 
@@ -333,119 +424,166 @@ def _digest(*parts: bytes) -> str:
         digest.update(part)
     return digest.hexdigest()
 
+
+def _device(device: str | None) -> str:
+    """The device, by default a GPU if there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+# %% ../nbs/09a_distance.ipynb #0a0c7d20
+def _vggish_layers() -> tuple[nn.Sequential, nn.Sequential]:
+    """The convolutions, and the linear layers, in torchvggish's order."""
+    layers: list[nn.Module] = []
+    for before, after, pool in ((1, 64, True), (64, 128, True), (128, 256, False),
+                                (256, 256, True), (256, 512, False), (512, 512, True)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(inplace=True)]
+        layers += [nn.MaxPool2d(2)] if pool else []
+    linear = [nn.Linear(512 * 6 * 4, 4096), nn.ReLU(inplace=True),
+              nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Linear(4096, 128)]
+    return nn.Sequential(*layers), nn.Sequential(*linear)
+
 # %% ../nbs/09a_distance.ipynb #bce6f97a
 class VGGish(nn.Module):
-    """VGGish in the layout of torchvggish's checkpoint; D = 128, the mean over a clip's examples of 0.96 s.
+    """VGGish in the layout of torchvggish's checkpoint; D = 128, the mean over a clip's
+    examples of 0.96 s.
 
-    Hershey et al. 2017, without a ReLU after the last layer and without PCA. New ones have random weights; `load` reads
-    trained ones. Warns once of mel bands that are empty because the sound's rate is lower than 15 kHz.
+    Hershey et al. 2017, without a ReLU after the last layer and without PCA. New ones
+    have random weights; `load` reads trained ones. Warns once of mel bands that are
+    empty because the sound's rate is lower than 15 kHz.
     """
 
-    URL = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
+    URL = ("https://github.com/harritaylor/torchvggish/releases/download/v0.1/"
+           "vggish-10086976.pth")
     sample_rate = 16000
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for before, after, pool in ((1, 64, True), (64, 128, True), (128, 256, False), (256, 256, True),
-                                    (256, 512, False), (512, 512, True)):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(inplace=True)]
-            layers += [nn.MaxPool2d(2)] if pool else []
-        self.features = nn.Sequential(*layers)
-        self.embeddings = nn.Sequential(nn.Linear(512 * 6 * 4, 4096), nn.ReLU(inplace=True), nn.Linear(4096, 4096),
-                                        nn.ReLU(inplace=True), nn.Linear(4096, 128))
+        self.features, self.embeddings = _vggish_layers()
         self.name, self._warned = "vggish-untrained", False
 
     @classmethod
-    def load(cls, file: str | os.PathLike[str] | None = None, device: str | None = None) -> "VGGish":
-        """The network with the weights in `file`, by default the public ones in `torch.hub`'s cache.
+    def load(cls, file: str | os.PathLike[str] | None = None,
+             device: str | None = None) -> "VGGish":
+        """The network with the weights in `file`, by default the public ones in
+        `torch.hub`'s cache.
 
-        Nothing is downloaded, and nothing but tensors is unpickled. Its name ends in the file's SHA-256's first eight
-        digits: `vggish-10086976` for the public file. Raises FileNotFoundError for a missing
-        file, ValueError for another.
+        Nothing is downloaded, and nothing but tensors is unpickled. Its name ends in
+        the file's SHA-256's first eight digits: `vggish-10086976` for the public file.
+        Raises FileNotFoundError for a missing file, ValueError for another.
         """
-        path = Path(file or Path(torch.hub.get_dir()) / "checkpoints" / Path(cls.URL).name)
+        path = Path(file or Path(torch.hub.get_dir()) / "checkpoints"
+                    / Path(cls.URL).name)
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; fetch {cls.URL} and put it there, or name it: vggish=FILE")
+            raise FileNotFoundError(f"{path} does not exist; fetch {cls.URL} and put "
+                                    "it there, or name it: vggish=FILE")
         with torch.device("meta"):  # no random weights that are overwritten at once
             net = cls()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             net.load_state_dict(state, assign=True)
         except Exception as error:  # a damaged pickle can fail in any way
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{path} holds no weights of VGGish ({reason}); fetch {cls.URL}") from error
+            raise ValueError(f"{path} holds no weights of VGGish ({_reason(error)}); "
+                             f"fetch {cls.URL}") from error
         net.name = f"vggish-{_digest(path.read_bytes())[:8]}"
-        return net.float().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return net.float().to(_device(device))
 
     @torch.no_grad()
     def forward(self, waves: Tensor, sample_rate: int) -> Tensor:
-        """Points `[N, 128]` float32 of the clips `[N, T]`; raises ValueError as `vggish_examples` does."""
+        """Points `[N, 128]` float32 of the clips `[N, T]`; raises ValueError as
+        `vggish_examples` does.
+        """
         if sample_rate < 2 * 7500 and not self._warned:
-            heard = int(_VGGISH_FILTERS[: sample_rate * 512 // 32000 + 1].any(0).sum())  # rows up to sample_rate / 2
-            warnings.warn(f"sound at {sample_rate} Hz leaves VGGish's bands {heard} to 63 (of 0 to 63) empty; "
-                          "compare it only with sound that is band-limited alike", stacklevel=2)
+            # rows up to sample_rate / 2
+            heard = int(_VGGISH_FILTERS[: sample_rate * 512 // 32000 + 1].any(0).sum())
+            warnings.warn(f"sound at {sample_rate} Hz leaves VGGish's bands {heard} "
+                          "to 63 (of 0 to 63) empty; compare it only with sound that "
+                          "is band-limited alike", stacklevel=2)
             self._warned = True
-        examples = vggish_examples(waves, sample_rate).to(next(self.parameters()).device)
+        device = next(self.parameters()).device
+        examples = vggish_examples(waves, sample_rate).to(device)
         maps = self.features(examples.flatten(0, 1)[:, None])  # [N*E, 512, 6, 4]
-        points = self.embeddings(maps.permute(0, 2, 3, 1).flatten(1))  # channels last, as TensorFlow flattens
+        # channels last, as TensorFlow flattens
+        points = self.embeddings(maps.permute(0, 2, 3, 1).flatten(1))
         return points.unflatten(0, examples.shape[:2]).mean(1).cpu()
 
-# %% ../nbs/09a_distance.ipynb #9d7987d3
+# %% ../nbs/09a_distance.ipynb #0a0c7d21
 def _load_encoder(name: str) -> tuple[Any, Any, list[Tensor]]:
-    """A model's feature extractor, the model, and its trained tensors in the order of their names.
+    """A model's feature extractor, the model, and its trained tensors in the order of
+    their names.
 
     Raises what transformers raises, and ValueError for a file that lacks weights.
     """
     import transformers
 
-    extractor = transformers.AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+    extractors = transformers.AutoFeatureExtractor
+    extractor = extractors.from_pretrained(name, trust_remote_code=False)
     config, _ = transformers.PreTrainedConfig.get_config_dict(name)
     kind: Any = transformers.AutoModel
     options: dict[str, Any] = {"trust_remote_code": False}
     other_layers = config.get("feature_extractor_cqt") or config.get("deepnorm")
     if config.get("model_type") == "mert_model" and not other_layers:
-        kind, options = transformers.HubertModel, {"config": transformers.HubertConfig.from_dict(config)}
+        kind = transformers.HubertModel
+        options = {"config": transformers.HubertConfig.from_dict(config)}
     model, info = kind.from_pretrained(name, output_loading_info=True, **options)
     untrained = set(info["missing_keys"])
-    if lacking := {key for key in untrained if not key.endswith("masked_spec_embed")}:  # that is for training
+    # that is for training
+    if lacking := {key for key in untrained if not key.endswith("masked_spec_embed")}:
         raise ValueError(f"its weights lack {min(lacking)}")
-    return extractor, model, [tensor for key, tensor in sorted(model.state_dict().items()) if key not in untrained]
+    return extractor, model, [tensor
+                              for key, tensor in sorted(model.state_dict().items())
+                              if key not in untrained]
 
-
+# %% ../nbs/09a_distance.ipynb #9d7987d3
 class Encoder:
-    """An audio encoder from the Hugging Face Hub or a local folder, through `transformers`.
+    """An audio encoder from the Hugging Face Hub or a local folder, through
+    `transformers`.
 
-    D is the model's. A CLAP-like model gives its audio embedding, any other the mean of its last layer over time. Needs
-    `pip install pianodiff[embeddings]`. Raises ValueError where that is missing and where `name` can't be loaded as an
-    audio encoder. Never runs code that comes with a model.
+    D is the model's. A CLAP-like model gives its audio embedding, any other the mean of
+    its last layer over time. Needs `pip install pianodiff[embeddings]`. Raises
+    ValueError where that is missing and where `name` can't be loaded as an audio
+    encoder. Never runs code that comes with a model.
     """
 
     def __init__(self, name: str, device: str | None = None) -> None:
         try:
             import transformers  # noqa: F401
         except ImportError as error:
-            raise ValueError("encoders need transformers; run `pip install pianodiff[embeddings]`") from error
+            raise ValueError("encoders need transformers; run `pip install "
+                             "pianodiff[embeddings]`") from error
         try:
             self._extractor, model, trained = _load_encoder(name)
             self.sample_rate = int(self._extractor.sampling_rate)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{name} can't be loaded as an audio encoder ({reason}); give logmel, vggish, or the name "
-                             "or folder of a Hugging Face model that hears sound") from error
-        weights = (tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in trained)
-        self.name = f"{Path(name).name if Path(name).is_dir() else name}-{_digest(*weights)[:8]}"
-        self._model = model.float().eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError,
+                ImportError) as error:
+            raise ValueError(f"{name} can't be loaded as an audio encoder "
+                             f"({_reason(error)}); give logmel, vggish, or the name or "
+                             "folder of a Hugging Face model that hears "
+                             "sound") from error
+        weights = (tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                   for tensor in trained)
+        short = Path(name).name if Path(name).is_dir() else name
+        self.name = f"{short}-{_digest(*weights)[:8]}"
+        self._model = model.float().eval().to(_device(device))
 
     @torch.no_grad()
     def __call__(self, waves: Tensor, sample_rate: int) -> Tensor:
-        """Points `[N, D]` float32 of the clips `[N, T]`; raises ValueError if they are not finite or too long."""
+        """Points `[N, D]` float32 of the clips `[N, T]`; raises ValueError if they are
+        not finite or too long.
+        """
         clips = list(_at_rate(waves, sample_rate, self.sample_rate).numpy())
-        longest = getattr(self._extractor, "nb_max_samples", math.inf)  # CLAP's would cut longer ones, at random
+        # CLAP's would cut longer ones, at random
+        longest = getattr(self._extractor, "nb_max_samples", math.inf)
         if len(clips[0]) > longest:
-            raise ValueError(f"{self.name} hears {longest / self.sample_rate:.3g} s at most; give shorter clips, "
-                             f"not {len(clips[0]) / self.sample_rate:.3g} s")
-        inputs = self._extractor(clips, sampling_rate=self.sample_rate, return_tensors="pt").to(self._model.device)
+            raise ValueError(f"{self.name} hears {longest / self.sample_rate:.3g} s "
+                             "at most; give shorter clips, not "
+                             f"{len(clips[0]) / self.sample_rate:.3g} s")
+        inputs = self._extractor(clips, sampling_rate=self.sample_rate,
+                                 return_tensors="pt")
+        inputs = inputs.to(self._model.device)
         if hasattr(self._model, "get_audio_features"):
             return self._model.get_audio_features(**inputs).pooler_output.cpu()
         states = self._model(**inputs).last_hidden_state  # [N, frames, D]
@@ -453,24 +591,31 @@ class Encoder:
 
 # %% ../nbs/09a_distance.ipynb #3f0d2508
 def load_embedding(name: str, device: str | None = None) -> Embedding:
-    """The embedding called `name`: `logmel`; `vggish` or `vggish=FILE`; else a Hugging Face name or a local folder.
+    """The embedding called `name`: `logmel`; `vggish` or `vggish=FILE`; else a Hugging
+    Face name or a local folder.
 
-    `device` is for the networks: by default a GPU if there is one. Raises FileNotFoundError where VGGish's weights are
-    missing, and ValueError for what can't be loaded, with the remedy.
+    `device` is for the networks: by default a GPU if there is one. Raises
+    FileNotFoundError where VGGish's weights are missing, and ValueError for what can't
+    be loaded, with the remedy.
     """
     if name == "logmel":
         return LogMel()
     kind, _, file = name.partition("=")
     if kind == "vggish":
         return VGGish.load(file or None, device)
-    if "/" not in name and not Path(name).is_dir():  # or the Hub would be asked for every slip of the pen
-        raise ValueError(f"there is no embedding {name!r}; give logmel, vggish, vggish=FILE, or the folder or the Hub "
-                         "id (user/repo) of an audio encoder")
+    # or the Hub would be asked for every slip of the pen
+    if "/" not in name and not Path(name).is_dir():
+        raise ValueError(f"there is no embedding {name!r}; give logmel, vggish, "
+                         "vggish=FILE, or the folder or the Hub id (user/repo) of an "
+                         "audio encoder")
     return Encoder(name, device)
 
 # %% ../nbs/09a_distance.ipynb #aeee1e9e
 def _claim(folder: Path, name: str) -> None:
-    """Make `folder` a cache of the embedding `name` if it is new; ValueError where it is anything else."""
+    """Make `folder` a cache of the embedding `name` if it is new.
+
+    ValueError where it is anything else.
+    """
     record = folder / "embedding.json"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name another for the cache")
@@ -478,53 +623,222 @@ def _claim(folder: Path, name: str) -> None:
         try:
             found = json.loads(record.read_text())["embedding"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{record} can't be read; delete the folder, and it will be made anew") from error
+            raise ValueError(f"{record} can't be read; delete the folder, and it "
+                             "will be made anew") from error
         if found != name:
-            raise ValueError(f"the cache {folder} holds points by {found}, not by {name}; name another folder")
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(f"{folder} holds other things than a cache of embeddings; name a new folder")
+            raise ValueError(f"the cache {folder} holds points by {found}, not by "
+                             f"{name}; name another folder")
+    elif folder.is_dir() and any(not path.name.startswith(".")
+                                 for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds other things than a cache of embeddings; "
+                         "name a new folder")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(record, (json.dumps({"embedding": name}) + "\n").encode())
 
 
-def _open_cache(folder: Path, name: str) -> dict[str, Tensor]:
-    """All points in `folder`, by their clips' hashes; it is made if new. ValueError where it can't be used."""
+def _kept_points(folder: Path, name: str) -> dict[str, Tensor]:
+    """All points in `folder`, by their clips' hashes. It is made if new.
+
+    A damaged file is passed over. ValueError where the folder can't be used.
+    """
     _claim(folder, name)
     known: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        try:
-            known |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged; delete it, and its clips will be embedded again") from error
+        known |= load_tensors(path) or {}
     return known
 
 # %% ../nbs/09a_distance.ipynb #a31fb7f0
-def embed(embedding: Embedding, waves: Tensor, sample_rate: int, *, cache: str | os.PathLike[str] | None = None,
-          batch_size: int = 64, progress: bool = False) -> Tensor:
-    """Points `[N, D]` float32 of the clips `waves` `[N, T]` at `sample_rate` Hz, `batch_size` clips at a time.
+def embed(embedding: Embedding, waves: Tensor, sample_rate: int, *,
+          cache: str | os.PathLike[str] | None = None, batch_size: int = 64,
+          progress: bool = False) -> Tensor:
+    """Points `[N, D]` float32 of the clips `waves` `[N, T]` at `sample_rate` Hz.
 
-    With a `cache` folder no clip is computed twice, in this run or another; a killed run loses one batch at most.
-    Clips that are the same are computed once. Raises ValueError for clips that are empty or not finite, for points that
-    are, and for a cache that is damaged, no cache, or another embedding's.
+    Clips are embedded `batch_size` at a time, equal ones once. With a `cache` folder
+    no clip is embedded twice, in this run or another; a killed run loses one batch at
+    most. Raises ValueError for clips that are empty or not finite, for such points, and
+    for a folder that is no cache or another embedding's.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give 1 or more")
     waves = _at_rate(waves, sample_rate, sample_rate)  # checked, not resampled
-    keys = [_digest(str(sample_rate).encode(), wave.tobytes()) for wave in waves.contiguous().numpy()]
-    known = _open_cache(Path(cache), embedding.name) if cache is not None else {}
+    keys = [_digest(str(sample_rate).encode(), wave.tobytes())
+            for wave in waves.contiguous().numpy()]
+    known = {} if cache is None else _kept_points(Path(cache), embedding.name)
     todo = list({key: i for i, key in enumerate(keys) if key not in known}.items())
-    with tqdm(total=len(keys), initial=len(keys) - len(todo), desc=embedding.name, unit="clip",
-              disable=not progress) as bar:
+    with tqdm(total=len(keys), initial=len(keys) - len(todo), desc=embedding.name,
+              unit="clip", disable=not progress) as bar:
         for start in range(0, len(todo), batch_size):
-            batch_keys, rows = zip(*todo[start : start + batch_size], strict=True)
-            points = embedding(waves[list(rows)], sample_rate).float().cpu()
-            if points.ndim != 2 or len(points) != len(rows) or not points.isfinite().all():
-                raise ValueError(f"{embedding.name} gave {list(points.shape)} for {len(rows)} clips, "
-                                 "or values that are not finite")
-            new = {key: point.clone() for key, point in zip(batch_keys, points, strict=True)}
+            batch, rows = zip(*todo[start : start + batch_size], strict=True)
+            points = _points(embedding, waves[list(rows)], sample_rate)
+            new = dict(zip(batch, points, strict=True))
             if cache is not None:
-                write_whole(Path(cache) / f"{_digest(*map(str.encode, batch_keys))}.safetensors", save(new))
+                name = _digest(*map(str.encode, batch))
+                save_tensors(Path(cache) / f"{name}.safetensors", new)
             known |= new
             bar.update(len(rows))
     return torch.stack([known[key] for key in keys])
+
+
+def _points(embedding: Embedding, waves: Tensor, sample_rate: int) -> list[Tensor]:
+    """The points of some clips; ValueError unless they are one a clip and finite."""
+    points = embedding(waves, sample_rate).float().cpu()
+    if points.ndim != 2 or len(points) != len(waves) or not points.isfinite().all():
+        raise ValueError(f"{embedding.name} gave {list(points.shape)} for {len(waves)} "
+                         "clips, or values that are not finite")
+    return [point.clone() for point in points]
+
+# %% ../nbs/09a_distance.ipynb #1efd3350
+def distances(rows: dict[str, Row], reference: Pieces, embedding: Embedding, *,
+              cache: Path | None = None, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """How far each row is from the reference, to one embedding.
+
+    For each row `frechet` (Eq. (37)) and `kernel` (Eq. (mmd)) with their 95 % intervals
+    over pieces, and `frechet_infinity`. With fewer than 4 pieces the intervals are over
+    clips, and too narrow.
+    """
+    rate = reference.cfg.sample_rate
+    y = embed(embedding, reference.clips, rate, cache=cache, progress=True)
+    moments = Moments.of(y)
+    measures = {"frechet": lambda x: frechet_distance(Moments.of(x), moments),
+                "kernel": kernel_distance_to(y)}
+    points = {name: embed(embedding, row.clips, rate, cache=cache)
+              for name, row in rows.items()}
+
+    def measured(name: str) -> dict[str, Any]:
+        x = points[name]
+        pieces = len(rows[name].pieces.unique())
+        groups = rows[name].pieces if pieces >= 4 else None
+        extrapolated = frechet_infinity(x, moments, seed=seed).value
+        found: dict[str, Any] = {"clips": len(x), "pieces": pieces,
+                                 "frechet_infinity": extrapolated}
+        for measure, distance in measures.items():
+            bounds = interval(distance, x, groups=groups, seed=seed)
+            found |= {measure: distance(x), f"{measure}_interval": bounds}
+        return found
+
+    label = f"distances ({embedding.name})"
+    tables = tqdm(in_order(measured, rows), label, len(rows))
+    return dict(zip(rows, tables, strict=True))
+
+# %% ../nbs/09a_distance.ipynb #86d06ff2
+def floors(real: Pieces, made: Tensor, embedding: Embedding, *, count: int = 20,
+           cache: Path | None = None, seed: int = 0) -> dict[str, list[float]]:
+    """The Fréchet distances of N other `real` blocks, and of `made` `[N, T]`, from the
+    reference of each split.
+
+    `count` splits by `Pieces.split`, of the seeds from `seed` on. A split with too few
+    blocks is left out.
+    """
+    rate = real.cfg.sample_rate
+    parts = embed(embedding, real.clips, rate, cache=cache).split(real.sizes)
+    points = dict(zip((piece.name for piece in real), parts, strict=True))
+    model = Moments.of(embed(embedding, made, rate, cache=cache))
+
+    def moments(side: Pieces) -> Moments:
+        known = [points[piece.name][:size]
+                 for piece, size in zip(side, side.sizes, strict=True)]
+        return Moments.of(torch.cat(known))
+
+    found: dict[str, list[float]] = {"real": [], "model": []}
+    for s in tqdm(range(seed, seed + count), f"splits ({embedding.name})"):
+        try:
+            reference, others = map(moments, real.split(len(made), s))
+        except ValueError:
+            continue
+        found["real"].append(frechet_distance(others, reference))
+        found["model"].append(frechet_distance(model, reference))
+    return found
+
+
+def farther(floors: dict[str, list[float]]) -> int:
+    """The number of splits in which the model is farther off than other real music."""
+    pairs = zip(floors["real"], floors["model"], strict=True)
+    return sum(model > real for real, model in pairs)
+
+# %% ../nbs/09a_distance.ipynb #0a0c7d13
+def ranks_rightly(table: dict[str, dict[str, Any]],
+                  floors: dict[str, list[float]]) -> bool:
+    """Whether floor <= ceiling < model < noise. Otherwise a measure can't be trusted.
+
+    Floor and model are compared by their medians over splits, model and noise in the
+    table. Floor and ceiling tie if each lies in the other's interval, since phase
+    retrieval may cost less than chance does.
+    """
+    floor, ceiling = table["real"], table["retrieved"]
+    tie = True
+    for a, b in ((floor, ceiling), (ceiling, floor)):
+        low, high = a["frechet_interval"]
+        tie = tie and low <= b["frechet_infinity"] <= high
+    return bool((tie or floor["frechet"] < ceiling["frechet"])
+                and median(floors["real"]) < median(floors["model"])
+                and table["model"]["frechet"] < table["noise"]["frechet"])
+
+# %% ../nbs/09a_distance.ipynb #0a0c7d14
+@in_style
+def plot_distances(tables: dict[str, dict[str, dict[str, Any]]]) -> Figure:
+    """Extrapolated Fréchet distance of each row with its interval, by embedding."""
+    figure, axes = new_axes(len(tables), height=0.7 + 1.5 * len(tables))
+    for ax, (name, table) in zip(axes[:, 0], tables.items(), strict=True):
+        for y, row in enumerate(table.values()):
+            ax.plot(row["frechet_interval"], [y, y], "C0")
+            ax.plot(row["frechet_infinity"], y, "oC0")
+        ax.set(yticks=range(len(table)), yticklabels=list(table), xscale="log",
+               xlabel=f"Fréchet distance for N → ∞ ({name})")
+        ax.invert_yaxis()
+        by_decades(ax.xaxis)
+    return figure
+
+
+@in_style
+def plot_floors(tables: dict[str, dict[str, list[float]]]) -> Figure:
+    """The splits of `floors` by embedding, from the lowest floor to the highest."""
+    labels = {"real": "other real music", "model": "model"}
+    figure, axes = new_axes(1, len(tables))
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        order = np.argsort(table["real"])
+        for row, marks in (("real", "o-C0"), ("model", "sC1")):
+            ax.plot(np.array(table[row])[order], marks, ms=4, label=labels[row])
+        ax.set(xticks=[], xlabel=f"random splits by title ({name})",
+               ylabel="Fréchet distance", yscale="log")
+        by_decades(ax.yaxis)
+        ax.legend()
+    return figure
+
+# %% ../nbs/09a_distance.ipynb #0a0c7d15
+@contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """A list that holds the warnings at the end, those that differ in numbers once.
+
+    They are then printed to standard error.
+    """
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    messages = [str(warning.message) for warning in caught]
+    texts += {re.sub(r"\d+", "", message): message for message in messages}.values()
+    for text in texts:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def distance_section(comparison: Comparison, embeddings: Sequence[Embedding],
+                     cache: Path) -> Section:
+    """The distances of all rows and the floors, by embedding; `cache` keeps the points.
+    """
+    rows = comparison.rows
+    tables, splits = {}, {}
+    with _collected_warnings() as texts:
+        for embedding in embeddings:
+            name = embedding.name
+            kept: dict[str, Any] = {"cache": cache / name, "seed": comparison.seed}
+            tables[name] = distances(rows, comparison.reference, embedding, **kept)
+            splits[name] = floors(comparison.real, rows["model"].clips, embedding,
+                                  **kept)
+    ordered = {name: ranks_rightly(table, splits[name])
+               for name, table in tables.items()}
+    results = {"warnings": texts, "distances": tables, "floors": splits,
+               "in_order": ordered}
+    sounds = [(name, row.clips[:4].flatten()) for name, row in rows.items()]
+    return Section(results, {"distances": plot_distances(tables),
+                             "floors": plot_floors(splits)}, {"distances": sounds})

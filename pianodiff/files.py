@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'write_whole', 'whole_folder', 'load_tensors', 'save_tensors', 'cached', 'check_complete', 'ahead',
-           'single_threaded', 'seed_of', 'generator']
+           'single_threaded', 'in_order', 'seed_of', 'generator']
 
 # %% ../nbs/16_files.ipynb #5ac849b9
 import contextlib
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 # %% ../nbs/16_files.ipynb #58f2e6b1
 def _checksum(tensors: dict[str, Tensor]) -> str:
     """The CRCs of the tensors' bytes, in the order of their names."""
-    data = (tensors[name].flatten().view(torch.uint8).numpy() for name in sorted(tensors))
+    data = (tensors[name].flatten().view(torch.uint8).numpy().data for name in sorted(tensors))
     return "-".join(str(zlib.crc32(values)) for values in data)
 
 
@@ -130,7 +130,7 @@ def cached(path: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str
 # %% ../nbs/16_files.ipynb #f6e07b39
 def _chunk_ends(data: bytes) -> Iterator[int]:
     """Where the chunks of a WAV or AIFF file should end: the whole file's, then each up to that of the samples."""
-    order = "little" if data[:4] == b"RIFF" else "big"
+    order: Literal["little", "big"] = "little" if data[:4] == b"RIFF" else "big"
     start = 0
     while start + 8 <= len(data):
         end = start + 8 + int.from_bytes(data[start + 4 : start + 8], order)
@@ -194,6 +194,15 @@ def single_threaded() -> Iterator[int]:
         yield os.cpu_count() or 1
     finally:
         torch.set_num_threads(threads)
+
+# %% ../nbs/16_files.ipynb #1503c88c
+def in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """function(item) of each item, in the items' order, made on all cores.
+
+    Each call computes in one thread. At most two items a core are begun ahead of use.
+    """
+    with single_threaded() as jobs:
+        yield from ahead(function, items, jobs)
 
 # %% ../nbs/16_files.ipynb #a9576428
 def seed_of(*key: int) -> int:

@@ -4,12 +4,11 @@
 __all__ = ['PRESETS', 'MODEL_FORMAT', 'NOISE_LEVELS', 'count', 'check_replaceable', 'save_model', 'noise_levels', 'load_model',
            'find_model']
 
-# %% ../nbs/04b_model.ipynb #c9ce1c2b
+# %% ../nbs/04b_model.ipynb #1982fad9
 import json
 import math
 import os
 import re
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .files import whole_folder
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/04b_model.ipynb #9525e9f8
@@ -30,16 +30,19 @@ _OURS: dict[str, Any] = {
 PRESETS = {
     "paper-128": UNetConfig(n_bins=128, n_frames=128),
     "paper-256": UNetConfig(n_bins=256, n_frames=256),
-    "nano": UNetConfig(channels=(32, 64, 128), blocks=(1, 1, 1), emb_channels=256, **_OURS),
-    "base": UNetConfig(channels=(80, 160, 256), blocks=(1, 2, 2), emb_channels=384, **_OURS),
+    "nano": UNetConfig(channels=(32, 64, 128), blocks=(1, 1, 1), emb_channels=256,
+                       **_OURS),
+    "base": UNetConfig(channels=(80, 160, 256), blocks=(1, 2, 2), emb_channels=384,
+                       **_OURS),
 }
 
 # %% ../nbs/04b_model.ipynb #89881911
 def count(config: UNetConfig) -> tuple[int, int]:
     """The parameters of such a network, and its multiply-accumulates for one block.
 
-    The latter are those of convolutions and matrix products. The network is built on the
-    "meta" device, where tensors have shapes and no contents: no size takes memory or time.
+    The latter are those of convolutions and matrix products. The network is built on
+    the "meta" device, where tensors have shapes and no contents: no size takes memory
+    or time.
     """
     with torch.device("meta"):
         net, x = UNet(config), torch.empty(1, 1, config.n_bins, config.n_frames)
@@ -52,9 +55,10 @@ MODEL_FORMAT = 1  # of config.json
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise ValueError if `folder` holds more than a model, which `save_model` would replace.
+    """Raise ValueError if `folder` holds more than a model that may be replaced.
 
-    Hidden files, which desktops and version control leave, don't count; hidden folders do.
+    Hidden files, which desktops and version control leave, don't count; hidden folders
+    do.
     """
     if folder.is_dir():
         names = {path.name for path in folder.iterdir()
@@ -62,43 +66,24 @@ def check_replaceable(folder: Path) -> None:
         if names <= {"model.safetensors", "config.json"}:
             return
     if folder.exists():
-        raise ValueError(f"{folder} is there and is more than a model; give another folder")
+        raise ValueError(f"{folder} is there and is more than a model; "
+                         "give another folder")
 
 
-def _write_model(folder: Path, net: nn.Module, config: dict[str, Any]) -> None:
-    """A new folder with both files, on the disk before the folder gets its name."""
-    folder.mkdir(parents=True)
-    tensors = {name: tensor.detach().half().cpu().contiguous()
-               for name, tensor in net.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def save_model(folder: str | os.PathLike, net: nn.Module, config: dict[str, Any]) -> None:
+def save_model(
+    folder: str | os.PathLike, net: nn.Module, config: dict[str, Any]
+) -> None:
     """Write `model.safetensors` (fp16) and `config.json` as `folder`, all or nothing.
 
     Raises ValueError if `folder` is there and is something else than a model.
     """
     folder = Path(folder).resolve()
     check_replaceable(folder)
-    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        _write_model(part, net, config)
-        if folder.exists():
-            os.replace(folder, old)  # no folder can be renamed over another
-        os.replace(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    tensors = {name: tensor.detach().half().cpu().contiguous()
+               for name, tensor in net.state_dict().items()}
+    with whole_folder(folder) as part:
+        save_file(tensors, part / "model.safetensors")
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # %% ../nbs/04b_model.ipynb #c467687c
 # where sampling starts, and how its steps are spread: see `noise_levels`
@@ -109,7 +94,7 @@ NOISE_LEVELS: dict[str, dict[str, float]] = {
 
 
 def noise_levels(config: dict[str, Any]) -> dict[str, float]:
-    """The `sigma_max` and `rho` of Eq. (27) in a model's configuration, or else the paper's.
+    """A model's `sigma_max` and `rho`, Eq. (27): its configuration's or the paper's.
 
     Raises ValueError where one is no number, or out of range.
     """
@@ -127,7 +112,7 @@ _NUMBERS = _SPECTROGRAM | {"mean": float, "std": float, "sigma_data": float}
 
 
 def _check_scale(config: dict[str, Any], shape: UNetConfig) -> None:
-    """Raise an error unless the spectrogram fits the network, and mean and std are numbers."""
+    """Raise an error unless the spectrogram fits and mean and std are numbers."""
     spectrogram = config["spectrogram"]
     if spectrogram.keys() != _SPECTROGRAM.keys():
         raise ValueError(f"a spectrogram of {', '.join(spectrogram)}, "
@@ -165,10 +150,10 @@ def load_model(
 ) -> tuple[UNet, dict[str, Any]]:
     """The network (float32, in evaluation mode) and the configuration of a model.
 
-    Raises FileNotFoundError if a file is missing, and ValueError if one is damaged or fits
-    no such network.
+    Raises FileNotFoundError if a file is missing, and ValueError if one is damaged or
+    fits no such network.
     """
-    about, weights = (Path(folder) / name for name in ("config.json", "model.safetensors"))
+    about, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
     for path in (about, weights):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no model: {path.name} is missing; "
@@ -177,17 +162,19 @@ def load_model(
     try:
         net.load_state_dict(load_file(weights))  # into float32
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{weights} is damaged ({error}); copy the model again") from error
+        raise ValueError(f"{weights} is damaged ({error}); "
+                         "copy the model again") from error
     except RuntimeError as error:
-        raise ValueError(f"{weights} does not fit its config.json; copy both again") from error
+        raise ValueError(f"{weights} does not fit its config.json; "
+                         "copy both again") from error
     return net.eval().requires_grad_(False).to(device), config
 
 # %% ../nbs/04b_model.ipynb #7d42be48
 def find_model(name_or_path: str | os.PathLike = "nano") -> Path:
     """The folder of a model: a shipped name, a folder, or a Hub id ("user/repo").
 
-    A model on the Hub is downloaded. Raises FileNotFoundError, with the names that ship, for
-    anything else.
+    A model on the Hub is downloaded.
+    Raises FileNotFoundError, with the names that ship, for anything else.
     """
     name = str(name_or_path)
     weights = Path(str(resources.files("pianodiff"))) / "weights"
@@ -196,8 +183,8 @@ def find_model(name_or_path: str | os.PathLike = "nano") -> Path:
         return weights / name
     if Path(name).is_dir():
         return Path(name)
-    advice = (f"give one that ships ({', '.join(shipped) or 'none does'}), a model's folder, "
-              "or a Hub id (user/repo)")
+    advice = (f"give one that ships ({', '.join(shipped) or 'none does'}), "
+              "a model's folder, or a Hub id (user/repo)")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise FileNotFoundError(f"there is no model {name!r}; {advice}")
     from huggingface_hub import snapshot_download  # takes a while to import

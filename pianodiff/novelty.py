@@ -2,14 +2,13 @@
 
 # %% auto #0
 __all__ = ['LOWEST_PITCH', 'semitone_bands', 'Neighbours', 'Corpus', 'novelty_ratio', 'Pair', 'closest_pairs', 'Calibration',
-           'calibrate', 'nearest_vectors']
+           'calibrate', 'nearest_vectors', 'novelty', 'plot_novelty', 'plot_pair', 'novelty_section']
 
 # %% ../nbs/09c_novelty.ipynb #5c65f804
 import hashlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,42 +17,53 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import zarr
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from .audio import SpectrogramConfig
 from .data import Store, open_store
 from .distance import LogMel
-from .files import ahead, single_threaded, write_whole
+from .files import ahead, cached, single_threaded
+from .phases import to_wave
+from .pieces import Comparison, Pieces, Section, in_style, new_axes
 
 # %% ../nbs/09c_novelty.ipynb #f6d906ac
-LOWEST_PITCH = 33  # MIDI number of A1, 55 Hz: below, one row of the spectrogram is a fifth wide and more
+# MIDI number of A1, 55 Hz: below, one row of the spectrogram is a fifth wide and more
+LOWEST_PITCH = 33
 
 
 def semitone_bands(cfg: SpectrogramConfig) -> Tensor:
-    """Weights `[bands, n_bins]` that average a spectrogram's rows over semitones, from A1 to the Nyquist frequency.
+    """Weights `[bands, n_bins]` that average a spectrogram's rows over semitones, from
+    A1 to the Nyquist frequency.
 
-    Band i is the mean over MIDI pitches 33 + i ± 1/2 of the linearly interpolated rows; each row of weights sums to 1.
-    Raises ValueError if the sample rate leaves no band.
+    Band i is the mean over MIDI pitches 33 + i ± 1/2 of the linearly interpolated rows;
+    each row of weights sums to 1. Raises ValueError if the sample rate leaves no band.
     """
     highest = math.floor(69 + 12 * math.log2(cfg.sample_rate / 2 / 440))
     if highest < LOWEST_PITCH:
-        raise ValueError(f"a sample rate of {cfg.sample_rate} Hz leaves no semitone above 55 Hz; use a higher one")
-    pitch = torch.arange(LOWEST_PITCH, highest + 1)[:, None] + (torch.arange(32) + 0.5) / 32 - 0.5
-    row = (440 * 2 ** ((pitch.double() - 69) / 12) * cfg.n_fft / cfg.sample_rate).clamp(max=cfg.n_bins - 1)
-    return (1 - (row[..., None] - torch.arange(cfg.n_bins)).abs()).clamp(min=0).mean(1).float()
+        raise ValueError(f"a sample rate of {cfg.sample_rate} Hz leaves no semitone "
+                         "above 55 Hz; use a higher one")
+    pitch = (torch.arange(LOWEST_PITCH, highest + 1)[:, None] + (torch.arange(32) + 0.5)
+             / 32 - 0.5)
+    hertz = 440 * 2 ** ((pitch.double() - 69) / 12)
+    row = (hertz * cfg.n_fft / cfg.sample_rate).clamp(max=cfg.n_bins - 1)
+    distance = (row[..., None] - torch.arange(cfg.n_bins)).abs()
+    return (1 - distance).clamp(min=0).mean(1).float()
 
 # %% ../nbs/09c_novelty.ipynb #1f2c68eb
-_FLAT = 1.0  # standard deviation, in steps of the store's 255, below which there is no pattern
+# standard deviation, in steps of the store's 255, below which there is no pattern
+_FLAT = 1.0
 
 
 def _norm(x: Tensor, width: int) -> Tensor:
-    """‖c - mean(c)‖ `[..., T - width + 1]` of windows of `width` columns of x `[..., rows, T]`; inf for flat ones."""
+    """‖c - mean(c)‖ `[..., T - width + 1]` of windows of `width` columns of x `[...,
+    rows, T]`; inf for flat ones.
+    """
     size = x.shape[-2] * width
     total, square = (y.sum(-2).unfold(-1, width, 1).sum(-1) for y in (x, x.square()))
     norm = (square - total.square() / size).clamp(min=0).sqrt()
@@ -61,61 +71,91 @@ def _norm(x: Tensor, width: int) -> Tensor:
 
 
 def _patterns(rows: Tensor, transpose: int) -> Tensor:
-    """Unit patterns of Eq. (pattern), `[Q, 2 * transpose + 1, bands - 2 * transpose, T]`, of queries `[Q, bands, T]`.
+    """Unit patterns of Eq. (pattern), `[Q, 2 * transpose + 1, bands - 2 * transpose,
+    T]`, of queries `[Q, bands, T]`.
 
-    Shift `transpose + t` holds the rows that a passage's middle rows come to lie on when it is raised by t semitones.
+    Shift `transpose + t` holds the rows that a passage's middle rows come to lie on
+    when it is raised by t semitones.
     """
     kept = rows.shape[1] - 2 * transpose
-    x = torch.stack([rows[:, lowest : lowest + kept] for lowest in range(2 * transpose + 1)], 1)
+    x = torch.stack([rows[:, lowest : lowest + kept]
+                     for lowest in range(2 * transpose + 1)], 1)
     return (x - x.mean((-2, -1), keepdim=True)) / _norm(x, x.shape[-1])[..., None]
 
 # %% ../nbs/09c_novelty.ipynb #f19050ad
-def _search(bands: Tensor, stretches: Sequence[tuple[int, int]], patterns: Tensor, bar: tqdm) -> tuple[Tensor, ...]:
-    """Best windows of stretches (first column, end) of `bands` `[T, rows]`, each cut into P pieces, M in all.
+def _search(bands: Tensor, stretches: Sequence[tuple[int, int]], patterns: Tensor,
+            bar: tqdm) -> tuple[Tensor, ...]:
+    """Best windows of stretches (first column, end) of `bands` `[T, rows]`.
 
-    `patterns` `[Q, S, rows, width]` are the queries in S shifts. The result is the best window's cosine `[Q, M]`, its
-    column in the piece plus shift times columns `[Q, M]`, int16; and each piece's stretch `[M]` and first column `[M]`.
+    `patterns` `[Q, S, rows, width]` are the queries in S shifts. Each stretch is cut
+    into pieces, M in all. Of each the best window's cosine `[Q, M]`, its column in the
+    piece plus shift times columns `[Q, M]`, int16; its stretch `[M]` and its first
+    column `[M]`.
     """
-    (queries, shifts, _, width), found = patterns.shape, []
-    size, hop = 8 * width, 7 * width + 1
-    weight = torch.fft.rfft(patterns.flatten(0, 1), size).permute(2, 0, 1)  # [frequencies, Q * S, rows]
-    weight = weight.contiguous().conj_physical_()  # laid out once, not for every product
+    queries, shifts, _, width = patterns.shape
+    weight = torch.fft.rfft(patterns.flatten(0, 1), 8 * width).permute(2, 0, 1)
+    # laid out once, [frequencies, Q*S, rows]
+    weight = weight.contiguous().conj_physical_()
 
     def search(stretch: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The best windows of a stretch, their columns, and its pieces' first columns."""
         begin, end = stretch
-        windows = end - begin - width + 1
-        count = math.ceil(windows / hop)
-        x = F.pad(bands[begin:end].to(patterns.device, patterns.dtype).T, (0, count * hop - windows))
-        spectrum = weight @ torch.fft.rfft(x.unfold(1, size, hop)).permute(2, 0, 1).contiguous()  # [.., Q * S, P]
-        cosine = torch.fft.irfft(spectrum.permute(1, 2, 0), size)[..., :hop] / _norm(x, width).view(count, hop)
-        cosine.flatten(1)[:, windows:] = -1  # these are not in the stretch
-        value, best = cosine.unflatten(0, (queries, shifts)).transpose(1, 2).flatten(2).max(2)
-        return value.T, best.T.short(), begin + hop * torch.arange(count)
+        part = bands[begin:end].to(patterns.device, patterns.dtype).T
+        cosine = _cosines(part, weight, width)
+        cosine = cosine.unflatten(0, (queries, shifts)).transpose(1, 2)
+        value, best = cosine.flatten(2).max(2)
+        return value.T, best.T.short(), begin + (7 * width
+                                                 + 1) * torch.arange(len(value[0]))
 
+    found = []
     with single_threaded() as jobs:
-        jobs = min(jobs, 16384 // (queries * shifts)) if patterns.device.type == "cpu" else 1  # 1.5 GB at most
-        for i, (value, best, first) in enumerate(ahead(search, stretches, max(1, jobs))):
+        on_cpu = patterns.device.type == "cpu"
+        jobs = min(jobs, 16384 // (queries * shifts)) if on_cpu else 1  # 1.5 GB at most
+        results = ahead(search, stretches, max(1, jobs))
+        for i, (value, best, first) in enumerate(results):
             found.append((value, best, torch.full((len(first),), i), first))
             bar.update()
     value, best, stretch, first = (torch.cat(part) for part in zip(*found, strict=True))
     return value.T, best.T, stretch.to(value.device), first.to(value.device)
 
+
+def _cosines(x: Tensor, weight: Tensor, width: int) -> Tensor:
+    """Cosines `[Q * S, P, hop]` of all windows of `x` `[rows, T]` with all patterns.
+
+    P transforms of 8 * width columns serve hop = 7 * width + 1 windows each; those
+    beyond the end are -1. `weight` holds the patterns' transforms.
+    """
+    size, hop = 8 * width, 7 * width + 1
+    windows = x.shape[1] - width + 1
+    count = math.ceil(windows / hop)
+    x = F.pad(x, (0, count * hop - windows))
+    spectrum = torch.fft.rfft(x.unfold(1, size, hop)).permute(2, 0, 1).contiguous()
+    product = torch.fft.irfft((weight @ spectrum).permute(1, 2, 0), size)[..., :hop]
+    cosine = product / _norm(x, width).view(count, hop)
+    cosine.flatten(1)[:, windows:] = -1
+    return cosine
+
 # %% ../nbs/09c_novelty.ipynb #f8503666
-def _place(codes: Tensor, first: Tensor, patterns: Tensor, weights: Tensor, slack: int) -> tuple[Tensor, Tensor]:
-    """Cosine `[m]` and frame `[m]` of the best window of codes `[frames, n_bins]` within `slack` of `first` `[m]`."""
+def _place(codes: Tensor, first: Tensor, patterns: Tensor, weights: Tensor,
+           slack: int) -> tuple[Tensor, Tensor]:
+    """Cosine `[m]` and frame `[m]` of the best window of codes `[frames, n_bins]`
+    within `slack` of `first` `[m]`.
+    """
     width, span = patterns.shape[-1], min(len(codes), patterns.shape[-1] + 2 * slack)
     low = (first - slack).clamp(0, len(codes) - span)
     found = []
     for start, pattern in zip(low.split(256), patterns.split(256), strict=True):
-        x = weights @ codes[start[:, None] + torch.arange(span, device=start.device)].mT.to(weights.dtype)
-        product = [(x[..., shift : shift + width] * pattern).sum((1, 2)) for shift in range(span - width + 1)]
+        around = start[:, None] + torch.arange(span, device=start.device)
+        x = weights @ codes[around].mT.to(weights.dtype)
+        product = [(x[..., shift : shift + width] * pattern).sum((1, 2))
+                   for shift in range(span - width + 1)]
         found.append((torch.stack(product, 1) / _norm(x, width)).max(1))
-    return torch.cat([f.values for f in found]), low + torch.cat([f.indices for f in found])
+    return torch.cat([f.values
+                      for f in found]), low + torch.cat([f.indices for f in found])
 
 # %% ../nbs/09c_novelty.ipynb #495ac84c
-_VERSION = 2      # of what a corpus holds; a cache of another version is not read
-_STRETCH = 4068   # windows that are searched at once: nine minutes of music, 36 transforms
+_VERSION = 2  # of what a corpus holds; a cache of another version is not read
+# windows that are searched at once: nine minutes of music, 36 transforms
+_STRETCH = 4068
 
 
 def _piece(recording: dict[str, Any]) -> str:
@@ -131,65 +171,81 @@ def _array(group: zarr.Group, recording: str) -> Any:
     try:
         return group[recording]
     except KeyError as error:
-        raise FileNotFoundError(f"the store {group.store_path} lacks {recording}; copy it again, "
-                                "or run the same `pianodiff prepare` again") from error
+        raise FileNotFoundError(f"the store {group.store_path} lacks {recording}; "
+                                "copy it again, or run the same `pianodiff prepare` "
+                                "again") from error
 
 # %% ../nbs/09c_novelty.ipynb #de389fc5
 def _by_group(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Smallest value `[Q, G]` in each group of neighbouring columns of `[Q, N]`, and its column."""
+    """Smallest value `[Q, G]` in each group of neighbouring columns of `[Q, N]`, and
+    its column.
+    """
     starts = torch.tensor([0, *sizes[:-1]], device=values.device).cumsum(0)
     found = [part.min(1) for part in values.split(list(sizes), 1)]
-    return torch.stack([f.values for f in found], 1), torch.stack([f.indices for f in found], 1) + starts
+    return torch.stack([f.values for f in found],
+                       1), torch.stack([f.indices for f in found], 1) + starts
 
 # %% ../nbs/09c_novelty.ipynb #f35c7e73
 def _heard(levels: Tensor) -> Tensor:
-    """LogMel's points `[..., D]` of levels `[..., bands, frames]`, all lifted to one mean level."""
+    """LogMel's points `[..., D]` of levels `[..., bands, frames]`, all lifted to one
+    mean level.
+    """
     return LogMel.points(levels - levels.mean((-2, -1), keepdim=True))
 
 
-def _digested(array: Any, weights: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
-    """Of one recording, read in slabs of 8192 columns: its bands, a column every `step` frames, uint8
-    `[columns, bands]`; and the points `[P, D]` of its passages, one every half block.
+def _digested(array: Any, weights: Tensor,
+              cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
+    """Of one recording, read in slabs of 8192 columns: its bands, a column every `step`
+    frames, uint8 `[columns, bands]`; and the points `[P, D]` of its passages, one every
+    half block.
     """
     step, bands, levels = _step(cfg), [], []
     for begin in range(0, array.shape[0], 8192 * step):
-        for part in torch.from_numpy(array[begin : begin + 8192 * step]).split(64 * step):  # what a cache can hold
+        # what a cache can hold
+        for part in torch.from_numpy(array[begin : begin + 8192 * step]).split(64
+                                                                               * step):
             codes = part.float()
-            columns = codes[: len(codes) // step * step].unflatten(0, (-1, step)).mean(1)
+            whole = codes[: len(codes) // step * step]
+            columns = whole.unflatten(0, (-1, step)).mean(1)
             bands.append((columns @ weights.T).round().to(torch.uint8))
             levels.append(LogMel.levels(codes.T.div_(255), cfg))
-    passages = torch.cat(levels, 1).unfold(1, cfg.n_frames, max(1, cfg.n_frames // 2)).movedim(1, 0)
+    hop = max(1, cfg.n_frames // 2)
+    passages = torch.cat(levels, 1).unfold(1, cfg.n_frames, hop).movedim(1, 0)
     return torch.cat(bands), torch.cat([_heard(part) for part in passages.split(64)])
 
 # %% ../nbs/09c_novelty.ipynb #f1a9bb82
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    return "-".join(str(zlib.crc32(tensors[name].numpy().data)) for name in sorted(tensors))
+def _coarse(store: Store, recordings: Sequence[dict[str, Any]],
+            progress: bool) -> dict[str, Tensor]:
+    """The bands and the points of recordings, one after the other."""
+    group = zarr.open_group(store.url, mode="r")
+    weights = semitone_bands(store.cfg)
+
+    def digest(recording: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return _digested(_array(group, recording["id"]), weights, store.cfg)
+
+    with single_threaded() as jobs, ThreadPoolExecutor(jobs) as pool:
+        bar = tqdm(pool.map(digest, recordings), "reading passages", len(recordings),
+                   unit="recording", disable=not progress)
+        bands, points = zip(*bar, strict=True)
+    return {"bands": torch.cat(bands), "points": torch.cat(points)}
 
 
-def _load(path: Path) -> dict[str, Tensor] | None:
-    """What `_save` wrote; None if there is nothing, or it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors, check = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["checksum"]
-    except (OSError, SafetensorError, KeyError, TypeError):
-        return None
-    return tensors if check == _checksum(tensors) else None
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, save(tensors, {"checksum": _checksum(tensors)}))
-    except OSError as error:
-        raise OSError(f"the cache {path.parent} can't be written ({error}); give another folder") from error
+def _cache_path(folder: str | os.PathLike, store: Store, split: str,
+                recordings: Sequence[dict[str, Any]]) -> Path:
+    """The file of a corpus: its name depends on all that the corpus is made of."""
+    facts = [_VERSION, split, asdict(store.cfg), store.mean, store.std, recordings]
+    text = json.dumps(facts, sort_keys=True)
+    return (Path(folder)
+            / f"corpus-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors")
 
 # %% ../nbs/09c_novelty.ipynb #f275ff9f
 @dataclass(frozen=True)
 class Neighbours:
     """The k nearest passages of Q blocks, nearest first, each of another piece.
 
-    `distance` `[Q, k]` is that of Eq. (pattern), in [0, 2]; `recording[q][j]` is an id, in which the passage starts at
-    `frame` `[Q, k]`; raised by `transposition` `[Q, k]` semitones it is most like the block.
+    `distance` `[Q, k]` is that of Eq. (pattern), in [0, 2]; `recording[q][j]` is an id,
+    in which the passage starts at `frame` `[Q, k]`; raised by `transposition` `[Q, k]`
+    semitones it is most like the block.
     """
 
     distance: Tensor
@@ -199,211 +255,261 @@ class Neighbours:
 
     def __getitem__(self, blocks: slice) -> "Neighbours":
         """The neighbours of some of the blocks."""
-        return Neighbours(self.distance[blocks], self.recording[blocks], self.frame[blocks], self.transposition[blocks])
+        return Neighbours(self.distance[blocks], self.recording[blocks],
+                          self.frame[blocks], self.transposition[blocks])
 
 # %% ../nbs/09c_novelty.ipynb #e707b307
 def _one_of_each(distance: Tensor, piece: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest distances `[Q, k]` of different pieces, ascending, and their columns, of `[Q, m]`."""
+    """The k smallest distances `[Q, k]` of different pieces, ascending, and their
+    columns, of `[Q, m]`.
+    """
     distance, order = distance.sort(dim=1, stable=True)
     piece = piece.gather(1, order)
     repeated = (piece[:, :, None] == piece[:, None, :]).tril(-1).any(2)
-    distance, first = distance.masked_fill(repeated, float("inf")).sort(dim=1, stable=True)
+    distance, first = distance.masked_fill(repeated, float("inf")).sort(dim=1,
+                                                                        stable=True)
     return distance[:, :k], order.gather(1, first)[:, :k]
 
 # %% ../nbs/09c_novelty.ipynb #8acac2db
 @dataclass(frozen=True)
 class Corpus:
-    """One split of a spectrogram store, made coarse for searching: `Corpus.of` makes it, `nearest` searches it."""
+    """One split of a spectrogram store, made coarse for searching."""
 
     store: Store
     split: str
-    recordings: tuple[dict[str, Any], ...]  # sorted by piece; `prepare` takes none shorter than a block
-    bands: Tensor  # uint8 [columns, bands]: one recording after the other, a column every `step` frames
-    points: Tensor  # [passages, D]: LogMel's, one recording after the other, a passage every half block
+    # sorted by piece, each a block long or longer
+    recordings: tuple[dict[str, Any], ...]
+    # uint8 [columns, bands]: recordings in a row, a column every `step` frames
+    bands: Tensor
+    points: Tensor  # [passages, D]: LogMel's, in the same order, one every half block
 
     @classmethod
-    def of(cls, store: str | os.PathLike, split: str = "train", *, cache: str | os.PathLike | None = None,
-           progress: bool = True) -> "Corpus":
-        """The passages of a store's split; taken from the folder `cache` if they are there, else put there.
+    def of(cls, store: str | os.PathLike, split: str = "train", *,
+           cache: str | os.PathLike | None = None, progress: bool = True) -> "Corpus":
+        """The passages of a store's split; the folder `cache` keeps them.
 
-        Raises what `open_store` raises, ValueError for a split without recordings, FileNotFoundError for a store that
-        lacks one of them, OSError if the cache can't be written.
+        Raises what `open_store` raises, ValueError for a split without recordings,
+        FileNotFoundError for a store that lacks one of them, OSError if the cache can't
+        be written.
         """
         info = open_store(store)
         recordings = sorted(info.of(split), key=lambda r: (_piece(r), r["id"]))
-        facts = [_VERSION, split, asdict(info.cfg), info.mean, info.std, recordings]
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        path = Path(cache) / f"corpus-{key}.safetensors" if cache else None
-        found = _load(path) if path else None
-        if found is None:
-            group, weights = zarr.open_group(info.url, mode="r"), semitone_bands(info.cfg)
+        path = _cache_path(cache, info, split, recordings) if cache else None
+        coarse = cached(path, lambda: _coarse(info, recordings, progress))
+        return cls(info, split, tuple(recordings), **coarse)
 
-            def digest(recording: dict[str, Any]) -> tuple[Tensor, Tensor]:
-                return _digested(_array(group, recording["id"]), weights, info.cfg)
-
-            with single_threaded() as jobs, ThreadPoolExecutor(jobs) as pool:
-                bands, points = zip(*tqdm(pool.map(digest, recordings), "reading passages", len(recordings),
-                                          unit="recording", disable=not progress), strict=True)
-            found = {"bands": torch.cat(bands), "points": torch.cat(points)}
-            if path:
-                _save(path, found)
-        return cls(info, split, tuple(recordings), **found)
+    @property
+    def piece_of(self) -> list[int]:
+        """The piece of each recording, counted from 0; those of one title are one."""
+        groups = enumerate(groupby(self.recordings, _piece))
+        return [i for i, (_, group) in groups for _ in group]
 
     @property
     def pieces(self) -> int:
-        """Pieces in the corpus: recordings of one title count once."""
-        return self._piece_of[-1] + 1
-
-    @property
-    def _piece_of(self) -> list[int]:
-        """The piece of each recording, counted from 0."""
-        return [i for i, (_, group) in enumerate(groupby(self.recordings, _piece)) for _ in group]
+        """The number of pieces."""
+        return self.piece_of[-1] + 1
 
     def block(self, recording: str, frame: int) -> Tensor:
-        """The passage `[n_bins, n_frames]` in [0, 1] of a recording that starts at `frame`.
+        """The passage `[n_bins, n_frames]` in [0, 1] of a recording from `frame` on.
 
-        Raises ValueError if it isn't there.
+        Raises ValueError if there is none.
         """
-        frames = {r["id"]: r["frames"] for r in self.recordings}.get(recording)
-        if frames is None:
-            raise ValueError(f"{recording} is not in the split {self.split!r}; take an id from `recordings`")
-        if not 0 <= frame <= frames - self.store.cfg.n_frames:
-            raise ValueError(f"no block starts at frame {frame} of {recording}, which has {frames}")
-        codes = _array(zarr.open_group(self.store.url, mode="r"), recording)[frame : frame + self.store.cfg.n_frames]
-        return torch.from_numpy(codes.T) / 255
+        return _passage(self, recording, frame)
 
-    @torch.no_grad()
-    def nearest(self, blocks: Tensor, *, k: int = 10, transpose: int = 0, device: str | torch.device | None = None,
+    def nearest(self, blocks: Tensor, *, k: int = 10, transpose: int = 0,
+                device: str | torch.device | None = None,
                 progress: bool = False) -> Neighbours:
-        """The nearest passages of blocks `[Q, n_bins, n_frames]` in [0, 1], one of each of the k nearest pieces.
+        """The nearest passages of blocks `[Q, n_bins, n_frames]` in [0, 1], one of each
+        of the k nearest pieces.
 
-        Every shift of every recording is compared at the coarse resolution (Eq. (expanded)); the best passage of each
-        of the k nearest pieces, and the k best passages of all, are then placed to the frame, and measured there. With
-        `transpose` = n also from n semitones lower to n higher, on the bands that this leaves. `device` is a GPU if
-        there is one. Raises ValueError for blocks of another shape, not finite or outside [0, 1], and for a k or
-        transpose that the corpus can't give.
+        Every shift of every recording is compared at the coarse resolution (Eq.
+        (expanded)). The best passage of each of the k nearest pieces, and the k best of
+        all, are then placed to the frame and measured there. With `transpose` = n also
+        from n semitones lower to n higher, on the bands that this leaves. `device` is a
+        GPU if there is one. Raises ValueError for blocks of another shape, not finite
+        or outside [0, 1], and for a k or transpose that the corpus can't give.
         """
-        cfg, bands = self.store.cfg, self.bands.shape[1]
-        self._check(blocks, k)
-        if not 0 <= transpose <= bands // 4:
-            raise ValueError(f"transpose is {transpose}; choose from 0 to {bands // 4} semitones")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        parts = blocks.split(max(1, 4096 // (2 * transpose + 1)))  # under 2 GB each
-        stretches = len(self._stretches(cfg.n_frames // _step(cfg))[1])
-        with tqdm(total=len(parts) * (stretches + len(self.recordings)), desc="nearest passages",
-                  disable=not progress) as bar:
-            found = [self._nearest(part.to(device).float(), k, transpose, bar) for part in parts]
-        distance, which, frame, transposition = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-        ids = [[self.recordings[r]["id"] for r in row] for row in which.tolist()]
-        return Neighbours(distance, ids, frame, transposition)
+        _check_query(self, blocks, k, transpose)
+        return _nearest(self, blocks, k, transpose, device, progress)
 
-    @torch.no_grad()
-    def nearest_heard(self, blocks: Tensor, *, k: int = 10, device: str | torch.device | None = None) -> Neighbours:
-        """The nearest passages of blocks `[Q, n_bins, n_frames]` in [0, 1] to LogMel, one of each of k pieces.
+    def nearest_heard(self, blocks: Tensor, *, k: int = 10,
+                      device: str | torch.device | None = None) -> Neighbours:
+        """The nearest passages to LogMel, one of each of k pieces, for blocks as above.
 
-        Points at one mean level are compared, of passages half a block apart; `distance` is Euclidean, in bels. Where
-        nothing changes, as in silence, all k are equally far. Raises ValueError as `nearest` does.
+        Points at one mean level are compared, of passages half a block apart;
+        `distance` is Euclidean, in bels. A block in which nothing changes, such as
+        silence, gets k equal distances. Raises ValueError as `nearest` does.
         """
-        self._check(blocks, k)
-        cfg, hop = self.store.cfg, max(1, self.store.cfg.n_frames // 2)
-        queries = torch.cat([_heard(LogMel.levels(part, cfg)) for part in blocks.cpu().float().split(64)])
-        counts = torch.tensor([(r["frames"] - cfg.n_frames) // hop + 1 for r in self.recordings])
-        owner = torch.arange(len(counts)).repeat_interleave(counts)
-        groups = torch.tensor(self._piece_of)[owner]
-        distance, index = nearest_vectors(queries, self.points, k=k, groups=groups, device=device)
-        still = blocks.cpu().diff(dim=-1).abs().amax((1, 2)) == 0
-        distance, first = torch.where(still[:, None], distance[:, -1:], distance), counts.cumsum(0) - counts
-        ids = [[self.recordings[r]["id"] for r in row] for row in owner[index].tolist()]
-        return Neighbours(distance, ids, hop * (index - first[owner[index]]), torch.zeros_like(index))
+        _check_query(self, blocks, k)
+        return _nearest_heard(self, blocks, k, device)
 
-    def _check(self, blocks: Tensor, k: int) -> None:
-        cfg, pieces = self.store.cfg, self.pieces
-        if blocks.ndim != 3 or blocks.shape[1:] != (cfg.n_bins, cfg.n_frames) or not len(blocks):
-            raise ValueError(f"blocks [Q, {cfg.n_bins}, {cfg.n_frames}] are needed, not {list(blocks.shape)}")
-        if not ((blocks >= 0) & (blocks <= 1)).all():
-            raise ValueError("the blocks hold NaN or values outside [0, 1]; give spectrograms as `to_spectrogram` does")
-        if not 1 <= k <= pieces:
-            raise ValueError(f"k is {k}, but the corpus holds {pieces} pieces: choose k from 1 to {pieces}")
+# %% ../nbs/09c_novelty.ipynb #0c0c7f13
+def _passage(corpus: Corpus, recording: str, frame: int) -> Tensor:
+    width = corpus.store.cfg.n_frames
+    frames = {r["id"]: r["frames"] for r in corpus.recordings}.get(recording)
+    if frames is None:
+        raise ValueError(f"{recording} is not in the split {corpus.split!r}; "
+                         "take an id from `recordings`")
+    if not 0 <= frame <= frames - width:
+        raise ValueError(f"no block starts at frame {frame} of {recording}, which has "
+                         f"{frames}")
+    group = zarr.open_group(corpus.store.url, mode="r")
+    codes = _array(group, recording)[frame : frame + width]
+    return torch.from_numpy(codes.T) / 255
 
-    def _nearest(self, blocks: Tensor, k: int, transpose: int, bar: tqdm) -> tuple[Tensor, ...]:
-        """Indices of recordings, distances, frames and transpositions, each `[Q, k]`."""
-        weights = semitone_bands(self.store.cfg).to(blocks.device)
-        rows, middle = 255 * weights @ blocks, slice(transpose, len(weights) - transpose)
-        which, shift, frame = self._candidates(rows, k, transpose, middle, bar)
-        distance, frame = self._placed(_patterns(rows, transpose), which, shift, frame, weights[middle], bar)
-        distance, order = _one_of_each(distance, torch.tensor(self._piece_of, device=which.device)[which], k)
-        return distance, *(x.gather(1, order) for x in (which, frame, shift - transpose))
 
-    def _candidates(self, rows: Tensor, k: int, transpose: int, middle: slice, bar: tqdm) -> tuple[Tensor, ...]:
-        """The best passage of each of the k nearest pieces, and the k best of all, by the coarse bands of the blocks.
+def _check_query(corpus: Corpus, blocks: Tensor, k: int, transpose: int = 0) -> None:
+    cfg = corpus.store.cfg
+    bands = corpus.bands.shape[1]
+    if blocks.ndim != 3 or blocks.shape[1:] != (cfg.n_bins,
+                                                cfg.n_frames) or not len(blocks):
+        raise ValueError(f"blocks [Q, {cfg.n_bins}, {cfg.n_frames}] are needed, "
+                         f"not {list(blocks.shape)}")
+    if not ((blocks >= 0) & (blocks <= 1)).all():
+        raise ValueError("the blocks hold NaN or values outside [0, 1]; give "
+                         "spectrograms as `to_spectrogram` does")
+    if not 1 <= k <= corpus.pieces:
+        raise ValueError(f"k is {k}, but the corpus holds {corpus.pieces} pieces: "
+                         f"choose k from 1 to {corpus.pieces}")
+    if not 0 <= transpose <= bands // 4:
+        raise ValueError(f"transpose is {transpose}; "
+                         f"choose from 0 to {bands // 4} semitones")
 
-        Their recordings, shifts and frames, each `[Q, <= 2k]`; frames may be off by half a coarse column.
-        """
-        step = _step(self.store.cfg)
-        width = rows.shape[-1] // step
-        coarse = _patterns(rows[..., : width * step].unflatten(-1, (width, step)).mean(-1), transpose)
-        start, stretches, owner = self._stretches(width)
-        cosine, best, stretch, first = _search(self.bands[:, middle], stretches, coarse, bar)
-        recording = torch.tensor(owner)[stretch.cpu()]
-        distance, column = _by_group(1 - cosine, torch.tensor(self._piece_of)[recording].bincount().tolist())
-        pieces, passages = distance.topk(k, largest=False).indices, cosine.topk(min(k, cosine.shape[1])).indices
-        column = torch.cat([column.gather(1, pieces), passages], 1)
-        best, which, hop = best.gather(1, column).long(), recording.to(rows.device)[column], 7 * width + 1
-        frame = first[column] + best % hop - torch.tensor(start, device=rows.device)[which]
-        return which, best // hop, step * frame
+# %% ../nbs/09c_novelty.ipynb #0c0c7f16
+def _stretches(corpus: Corpus,
+               width: int) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+    """Each recording's first column; stretches of columns (first, end) that are
+    searched at once; the recording of each.
+    """
+    step = _step(corpus.store.cfg)
+    start, stretches, owner = [0], [], []
+    for r, recording in enumerate(corpus.recordings):
+        end = start[-1] + recording["frames"] // step
+        for begin in range(start[-1], end - width + 1, _STRETCH):
+            stretches.append((begin, min(begin + _STRETCH + width - 1, end)))
+            owner.append(r)
+        start.append(end)
+    return start, stretches, owner
 
-    def _placed(self, fine: Tensor, which: Tensor, shift: Tensor, frame: Tensor, weights: Tensor,
-                bar: tqdm) -> tuple[Tensor, Tensor]:
-        """Distances and frames, both `[Q, m]`, of candidates placed to the frame; each recording is read once."""
-        cfg, step, group = self.store.cfg, _step(self.store.cfg), zarr.open_group(self.store.url, mode="r")
-        cosine, placed = torch.empty(which.shape, device=which.device), torch.empty_like(frame)
-        found = [(r, *(which == r).nonzero(as_tuple=True)) for r in which.unique().tolist()]
 
-        def place(candidates: tuple[int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            """Cosines and frames of a recording's candidates; only the frames that may hold them are read."""
-            r, q, j = candidates
-            low = max(0, int(frame[q, j].min()) - step)
-            high = int(frame[q, j].max()) + cfg.n_frames + step
-            codes = torch.from_numpy(_array(group, self.recordings[r]["id"])[low:high]).to(which.device)
-            best, first = _place(codes, frame[q, j] - low, fine[q, shift[q, j]], weights, step)
-            return best, first + low
+def _candidates(corpus: Corpus, rows: Tensor, k: int, transpose: int, middle: slice,
+                bar: tqdm) -> tuple[Tensor, ...]:
+    """The best passage of each of the k nearest pieces, and the k best of all, by the
+    coarse bands of the blocks.
 
-        with single_threaded() as jobs:
-            for (_, q, j), (best, first) in zip(found, ahead(place, found, jobs), strict=True):
-                cosine[q, j], placed[q, j] = best, first
-                bar.update()
-        bar.update(len(self.recordings) - len(found))
-        return (2 - 2 * cosine).clamp(min=0).sqrt(), placed
+    Their recordings, shifts and frames, each `[Q, <= 2k]`; frames may be off by half a
+    coarse column.
+    """
+    step = _step(corpus.store.cfg)
+    width = rows.shape[-1] // step
+    columns = rows[..., : width * step].unflatten(-1, (width, step)).mean(-1)
+    start, stretches, owner = _stretches(corpus, width)
+    cosine, best, stretch, first = _search(corpus.bands[:, middle], stretches,
+                                           _patterns(columns, transpose), bar)
+    recording = torch.tensor(owner)[stretch.cpu()]
+    sizes = torch.tensor(corpus.piece_of)[recording].bincount().tolist()
+    distance, column = _by_group(1 - cosine, sizes)
+    pieces = distance.topk(k, largest=False).indices
+    passages = cosine.topk(min(k, cosine.shape[1])).indices
+    column = torch.cat([column.gather(1, pieces), passages], 1)
+    best = best.gather(1, column).long()
+    which = recording.to(rows.device)[column]
+    hop = 7 * width + 1
+    begin = torch.tensor(start, device=rows.device)[which]
+    return which, best // hop, step * (first[column] + best % hop - begin)
 
-    def _stretches(self, width: int) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-        """Each recording's first column; stretches of columns (first, end) to search at once; the recording of each."""
-        step, start, stretches, owner = _step(self.store.cfg), [0], [], []
-        for r, recording in enumerate(self.recordings):
-            end = start[-1] + recording["frames"] // step
-            for begin in range(start[-1], end - width + 1, _STRETCH):
-                stretches.append((begin, min(begin + _STRETCH + width - 1, end)))
-                owner.append(r)
-            start.append(end)
-        return start, stretches, owner
+# %% ../nbs/09c_novelty.ipynb #0c0c7f18
+def _placed(corpus: Corpus, fine: Tensor, which: Tensor, shift: Tensor, frame: Tensor,
+            weights: Tensor, bar: tqdm) -> tuple[Tensor, Tensor]:
+    """Distances and frames, both `[Q, m]`, of candidates placed to the frame.
+
+    Each recording is read once, and of it only the frames that may hold them.
+    """
+    step = _step(corpus.store.cfg)
+    width = corpus.store.cfg.n_frames
+    group = zarr.open_group(corpus.store.url, mode="r")
+    cosine = torch.empty(which.shape, device=which.device)
+    placed = torch.empty_like(frame)
+    found = [(r, *(which == r).nonzero(as_tuple=True)) for r in which.unique().tolist()]
+
+    def place(candidates: tuple[int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        r, q, j = candidates
+        low = max(0, int(frame[q, j].min()) - step)
+        high = int(frame[q, j].max()) + width + step
+        array = _array(group, corpus.recordings[r]["id"])
+        codes = torch.from_numpy(array[low:high]).to(which.device)
+        patterns = fine[q, shift[q, j]]
+        best, first = _place(codes, frame[q, j] - low, patterns, weights, step)
+        return best, first + low
+
+    with single_threaded() as jobs:
+        results = ahead(place, found, jobs)
+        for (_, q, j), (best, first) in zip(found, results, strict=True):
+            cosine[q, j] = best
+            placed[q, j] = first
+            bar.update()
+    bar.update(len(corpus.recordings) - len(found))
+    return (2 - 2 * cosine).clamp(min=0).sqrt(), placed
+
+# %% ../nbs/09c_novelty.ipynb #0c0c7f14
+@torch.no_grad()
+def _nearest(corpus: Corpus, blocks: Tensor, k: int, transpose: int,
+             device: str | torch.device | None, progress: bool) -> Neighbours:
+    """`Corpus.nearest`, some 4,096 patterns at a time: each under 2 GB."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    parts = blocks.split(max(1, 4096 // (2 * transpose + 1)))
+    cfg = corpus.store.cfg
+    stretches = len(_stretches(corpus, cfg.n_frames // _step(cfg))[1])
+    total = len(parts) * (stretches + len(corpus.recordings))
+    with tqdm(total=total, desc="nearest passages", disable=not progress) as bar:
+        found = [_nearest_part(corpus, part.to(device).float(), k, transpose, bar)
+                 for part in parts]
+    distance, which, frame, shift = (torch.cat(part).cpu()
+                                     for part in zip(*found, strict=True))
+    return Neighbours(distance, _ids(corpus, which), frame, shift)
+
+
+def _ids(corpus: Corpus, which: Tensor) -> list[list[str]]:
+    return [[corpus.recordings[r]["id"] for r in row] for row in which.tolist()]
+
+
+def _nearest_part(corpus: Corpus, blocks: Tensor, k: int, transpose: int,
+                  bar: tqdm) -> tuple[Tensor, ...]:
+    """Distances, recordings, frames and transpositions, each `[Q, k]`."""
+    weights = semitone_bands(corpus.store.cfg).to(blocks.device)
+    rows = 255 * weights @ blocks
+    middle = slice(transpose, len(weights) - transpose)
+    which, shift, frame = _candidates(corpus, rows, k, transpose, middle, bar)
+    fine = _patterns(rows, transpose)
+    distance, frame = _placed(corpus, fine, which, shift, frame, weights[middle], bar)
+    piece = torch.tensor(corpus.piece_of, device=which.device)[which]
+    distance, order = _one_of_each(distance, piece, k)
+    return distance, *(x.gather(1, order) for x in (which, frame, shift - transpose))
 
 # %% ../nbs/09c_novelty.ipynb #570d4f4a
 def novelty_ratio(neighbours: Neighbours | Tensor) -> Tensor:
-    """The nearest distance over the mean of the next k - 1, `[Q]` (Eq. (ratio); Carlini et al. 2023, section 5.1).
+    """The nearest distance over the mean of the next k - 1, `[Q]` (Eq. (ratio); Carlini
+    et al. 2023, section 5.1).
 
-    Near 1 for a block like many others, near 0 for a copy; 1 where all k distances are 0. `neighbours` may also be
-    distances `[Q, k]`, ascending. Raises ValueError for k < 2, distances that are not ascending, negative or NaN.
+    Near 1 for a block like many others, near 0 for a copy; 1 where all k distances are
+    0. `neighbours` may also be distances `[Q, k]`, ascending. Raises ValueError for k <
+    2, distances that are not ascending, negative or NaN.
     """
     distance = neighbours.distance if isinstance(neighbours, Neighbours) else neighbours
     if distance.ndim != 2 or distance.shape[1] < 2:
-        raise ValueError(f"distances [Q, k] with k of 2 or more are needed, not {list(distance.shape)}")
+        raise ValueError("distances [Q, k] with k of 2 or more are needed, not "
+                         f"{list(distance.shape)}")
     if not ((distance.diff(dim=1) >= 0).all() and (distance >= 0).all()):
-        raise ValueError("the distances are not ascending from 0 or hold NaN; give those of `nearest`")
+        raise ValueError("the distances are not ascending from 0 or hold NaN; give "
+                         "those of `nearest`")
     further = distance[:, 1:].mean(1)
     return torch.where(further > 0, distance[:, 0] / further, 1.0)
 
 # %% ../nbs/09c_novelty.ipynb #cb0bd391
 class Pair(NamedTuple):
-    """A block and the passage nearest to it: raised by `transposition` semitones, `recording` from `frame` on."""
+    """A block and the passage nearest to it: raised by `transposition` semitones,
+    `recording` from `frame` on.
+    """
 
     query: int
     recording: str
@@ -414,10 +520,13 @@ class Pair(NamedTuple):
 
 
 def closest_pairs(neighbours: Neighbours, n: int = 5) -> list[Pair]:
-    """The n blocks with the lowest ratios, lowest first, each with its nearest passage (`Corpus.block` gives it)."""
+    """The n blocks with the lowest ratios, lowest first, each with its nearest passage
+    (`Corpus.block` gives it).
+    """
     ratio = novelty_ratio(neighbours)
-    return [Pair(q, neighbours.recording[q][0], int(neighbours.frame[q, 0]), int(neighbours.transposition[q, 0]),
-                 float(neighbours.distance[q, 0]), float(ratio[q])) for q in ratio.argsort(stable=True)[:n].tolist()]
+    return [Pair(q, neighbours.recording[q][0], int(neighbours.frame[q, 0]),
+                 int(neighbours.transposition[q, 0]), float(neighbours.distance[q, 0]),
+                 float(ratio[q])) for q in ratio.argsort(stable=True)[:n].tolist()]
 
 # %% ../nbs/09c_novelty.ipynb #0964796c
 def _wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
@@ -429,15 +538,20 @@ def _wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
 
 
 def _mann_whitney(g: Tensor, h: Tensor) -> tuple[float, float]:
-    """The chance that a value of g `[n]` is below one of h `[m]`, and the one-sided p-value of so high a chance.
+    """The chance that a value of g `[n]` is below one of h `[m]`, and the one-sided
+    p-value of so high a chance.
 
-    Mann and Whitney 1947, with the normal approximation and its corrections for ties and continuity.
+    Mann and Whitney 1947, with the normal approximation and its corrections for ties
+    and continuity.
     """
     n, m, ordered = len(g), len(h), h.sort().values
-    above = n * m - (torch.searchsorted(ordered, g) + torch.searchsorted(ordered, g, right=True)).sum().item() / 2
+    ranks = torch.searchsorted(ordered, g) + torch.searchsorted(ordered, g, right=True)
+    above = n * m - ranks.sum().item() / 2
     ties = torch.cat([g, h]).unique(return_counts=True)[1].double()
-    variance = n * m / 12 * (n + m + 1 - float((ties**3 - ties).sum()) / ((n + m) * (n + m - 1)))
-    p_value = NormalDist().cdf(-(above - n * m / 2 - 0.5) / math.sqrt(variance)) if variance > 0 else 1.0
+    variance = (n * m / 12
+                * (n + m + 1 - float((ties**3 - ties).sum()) / ((n + m) * (n + m - 1))))
+    p_value = (NormalDist().cdf(-(above - n * m / 2 - 0.5) / math.sqrt(variance))
+               if variance > 0 else 1.0)
     return above / (n * m), p_value
 
 # %% ../nbs/09c_novelty.ipynb #5d26a440
@@ -445,73 +559,195 @@ class Calibration(NamedTuple):
     """How generated ratios compare with held-out ones: see `calibrate`."""
 
     threshold: float  # a ratio at or below it is suspicious
-    expected: float  # share of blocks that would be, if generated were like held-out ones
+    # share of blocks that would be, if generated were like held-out ones
+    expected: float
     share: float  # of generated blocks that are
     low: float  # Wilson's interval of the share
     high: float
     auc: float  # chance that a generated ratio is below a held-out one
-    p_value: float  # one-sided: chance of such an AUC or a higher one between like samples
+    # one-sided: chance of such an AUC or a higher one between like samples
+    p_value: float
     suspicious: list[int]  # their indices, lowest ratio first
 
 
-def calibrate(generated: Tensor, held_out: Tensor, *, quantile: float = 0.01, confidence: float = 0.95) -> Calibration:
-    """Judge ratios `[Q]` of generated blocks by those `[H]` of held-out ones, of which `quantile` are suspicious.
+def calibrate(generated: Tensor, held_out: Tensor, *, quantile: float = 0.01,
+              confidence: float = 0.95) -> Calibration:
+    """Judge ratios `[Q]` of generated blocks by those `[H]` of held-out ones, of which
+    `quantile` are suspicious.
 
-    The threshold is the floor(quantile (H + 1))-th lowest held-out ratio; the interval is Wilson's (1927), AUC and
-    p-value are Mann and Whitney's (1947), with the normal approximation and its corrections for ties and continuity.
-    Raises ValueError for fewer held-out blocks than the quantile needs, no generated ones, NaN or shares not in (0, 1).
+    The threshold is the floor(quantile (H + 1))-th lowest held-out ratio; the interval
+    is Wilson's (1927), AUC and p-value are Mann and Whitney's (1947), with the normal
+    approximation and its corrections for ties and continuity. Raises ValueError for
+    fewer held-out blocks than the quantile needs, no generated ones, NaN or shares not
+    in (0, 1).
     """
     g, h = generated.double(), held_out.double()
-    if g.ndim != 1 or h.ndim != 1 or not len(g) or not (g.isfinite().all() and h.isfinite().all()):
-        raise ValueError(f"finite ratios [Q] and [H] are needed, not {list(g.shape)} and {list(h.shape)} or NaN")
+    if g.ndim != 1 or h.ndim != 1 or not len(g) or not (g.isfinite().all()
+                                                        and h.isfinite().all()):
+        raise ValueError(f"finite ratios [Q] and [H] are needed, not {list(g.shape)} "
+                         f"and {list(h.shape)} or NaN")
     if not (0 < quantile < 1 and 0 < confidence < 1):
-        raise ValueError(f"quantile {quantile} and confidence {confidence} must lie between 0 and 1")
+        raise ValueError(f"quantile {quantile} and confidence {confidence} must lie "
+                         "between 0 and 1")
     rank = math.floor(quantile * (len(h) + 1) * (1 + 1e-12))
     if rank < 1:
-        raise ValueError(f"a quantile of {quantile:g} needs {math.ceil(1 / quantile) - 1} held-out blocks, not "
+        raise ValueError(f"a quantile of {quantile:g} needs "
+                         f"{math.ceil(1 / quantile) - 1} held-out blocks, not "
                          f"{len(h)}; give more, or a larger quantile")
     threshold = float(h.sort().values[rank - 1])
     suspicious = [i for i in g.argsort(stable=True).tolist() if g[i] <= threshold]
     share = len(suspicious) / len(g)
-    return Calibration(threshold, rank / (len(h) + 1), share, *_wilson(share, len(g), confidence),
-                       *_mann_whitney(g, h), suspicious)
+    return Calibration(threshold, rank / (len(h) + 1), share,
+                       *_wilson(share, len(g), confidence), *_mann_whitney(g, h),
+                       suspicious)
 
 # %% ../nbs/09c_novelty.ipynb #a1087464
 def _check_vectors(queries: Tensor, corpus: Tensor, groups: Tensor | None) -> None:
-    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1] or not len(queries):
-        raise ValueError(f"vectors [Q, D] and [N, D] are needed, not {list(queries.shape)} and {list(corpus.shape)}")
+    matrices = queries.ndim == corpus.ndim == 2
+    if not matrices or queries.shape[1] != corpus.shape[1] or not len(queries):
+        raise ValueError("vectors [Q, D] and [N, D] are needed, not "
+                         f"{list(queries.shape)} and {list(corpus.shape)}")
     if not (queries.isfinite().all() and corpus.isfinite().all()):
-        raise ValueError("the vectors hold NaN or infinite values; embed those sounds again")
+        raise ValueError("the vectors hold NaN or infinite values; embed those "
+                         "sounds again")
     if groups is not None and groups.shape != corpus.shape[:1]:
-        raise ValueError(f"groups [{len(corpus)}] are needed, one for each vector, not {list(groups.shape)}")
+        raise ValueError(f"groups [{len(corpus)}] are needed, one for each vector, "
+                         f"not {list(groups.shape)}")
 
 
 @torch.no_grad()
-def nearest_vectors(queries: Tensor, corpus: Tensor, *, k: int = 10, groups: Tensor | None = None, chunk: int = 2**25,
+def nearest_vectors(queries: Tensor, corpus: Tensor, *, k: int = 10,
+                    groups: Tensor | None = None, chunk: int = 2**25,
                     device: str | torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Euclidean distances `[Q, k]`, ascending, and indices `[Q, k]` of the vectors of `[N, D]` nearest to `[Q, D]`.
+    """Euclidean distances `[Q, k]`, ascending, and indices `[Q, k]` of the vectors of
+    `[N, D]` nearest to `[Q, D]`.
 
-    With `groups` `[N]`, integers, only the nearest vector of each group counts. Exact, in float64; at most `chunk`
-    distances are held at a time (but those of one query). `device` is a GPU if there is one. Raises ValueError for
-    shapes that don't fit, values that are not finite, and a k beyond the number of vectors or groups.
+    With `groups` `[N]`, integers, only the nearest vector of each group counts. Exact,
+    in float64; at most `chunk` distances are held at a time (but those of one query).
+    `device` is a GPU if there is one. Raises ValueError for shapes that don't fit,
+    values that are not finite, and a k beyond the number of vectors or groups.
     """
     _check_vectors(queries, corpus, groups)
     labels = torch.arange(len(corpus)) if groups is None else groups.cpu()
-    order, sizes = labels.argsort(stable=True), labels.unique(return_counts=True)[1].tolist()
+    order = labels.argsort(stable=True)
+    sizes = labels.unique(return_counts=True)[1].tolist()
     if not 1 <= k <= len(sizes):
-        raise ValueError(f"k is {k}, but there are {len(sizes)} vectors or groups: choose k from 1 to {len(sizes)}")
+        raise ValueError(f"k is {k}, but there are {len(sizes)} vectors or groups: "
+                         f"choose k from 1 to {len(sizes)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     order, c, found = order.to(device), corpus[order].to(device, torch.float64), []
     square = c.square().sum(1)
     for part in queries.split(max(1, chunk // len(corpus))):
         q = part.to(device, torch.float64)
-        distance = torch.addmm(square, q, c.T, alpha=-2)  # Eq. (expanded) without |q|^2, which doesn't change the order
+        # Eq. (expanded) without |q|^2, which doesn't change the order
+        distance = torch.addmm(square, q, c.T, alpha=-2)
         if groups is None:
             column = distance.topk(k, largest=False).indices
         else:
             best, column = _by_group(distance, sizes)
             column = column.gather(1, best.topk(k, largest=False).indices)
-        exact, again = torch.linalg.vector_norm(q[:, None] - c[column], dim=2).sort(dim=1, stable=True)
-        found.append((exact.to(queries.dtype).cpu(), order[column.gather(1, again)].cpu()))
+        exact = torch.linalg.vector_norm(q[:, None] - c[column], dim=2)
+        exact, again = exact.sort(dim=1, stable=True)
+        found.append((exact.to(queries.dtype).cpu(),
+                      order[column.gather(1, again)].cpu()))
     distances, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
     return distances, indices
+
+# %% ../nbs/09c_novelty.ipynb #0c0c7f19
+@torch.no_grad()
+def _nearest_heard(corpus: Corpus, blocks: Tensor, k: int,
+                   device: str | torch.device | None) -> Neighbours:
+    """`Corpus.nearest_heard`."""
+    cfg = corpus.store.cfg
+    hop = max(1, cfg.n_frames // 2)
+    queries = torch.cat([_heard(LogMel.levels(part, cfg))
+                         for part in blocks.cpu().float().split(64)])
+    counts = torch.tensor([(r["frames"] - cfg.n_frames) // hop + 1
+                           for r in corpus.recordings])
+    owner = torch.arange(len(counts)).repeat_interleave(counts)
+    groups = torch.tensor(corpus.piece_of)[owner]
+    distance, index = nearest_vectors(queries, corpus.points, k=k, groups=groups,
+                                      device=device)
+    still = blocks.cpu().diff(dim=-1).abs().amax((1, 2)) == 0
+    distance = torch.where(still[:, None], distance[:, -1:], distance)
+    first = (counts.cumsum(0) - counts)[owner[index]]
+    return Neighbours(distance, _ids(corpus, owner[index]), hop * (index - first),
+                      torch.zeros_like(index))
+
+# %% ../nbs/09c_novelty.ipynb #a7474831
+def novelty(
+    generated: Pieces, held_out: Pieces, training: str | os.PathLike, *,
+    transpose: int = 0, cache: Path | None = None, k: int = 10, count: int = 4,
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[tuple[Tensor, Tensor]]]]:
+    """How near generated blocks come to training passages, beside held-out music.
+
+    `training` is the store that the model was trained on, `held_out` real music of
+    other titles. Two searches: by `spectrogram`, in up to `transpose` semitones higher
+    and lower, and by `logmel`. Of each the verdict, the ratios and the `count` closest
+    pairs; and these pairs' blocks.
+    """
+    corpus = Corpus.of(training, "train", cache=cache)
+    made, real = generated.specs, held_out.specs
+    both = torch.cat([made, real])  # at once: the corpus is read once
+    k = min(k, corpus.pieces)
+    searches = {"spectrogram": corpus.nearest(both, k=k, transpose=transpose,
+                                              progress=True),
+                "logmel": corpus.nearest_heard(both, k=k)}
+    verdicts, sides = {}, {}
+    for name, found in searches.items():
+        ratio = novelty_ratio(found)
+        ratios = {"model": ratio[: len(made)], "held out": ratio[len(made) :]}
+        verdict = calibrate(*ratios.values(), quantile=max(0.01, 1 / len(real)))
+        pairs = closest_pairs(found[: len(made)], count)
+        verdicts[name] = {"verdict": verdict._asdict(),
+                          "pairs": [pair._asdict() for pair in pairs],
+                          "ratios": {row: x.tolist() for row, x in ratios.items()}}
+        sides[name] = [(made[pair.query], corpus.block(pair.recording, pair.frame))
+                       for pair in pairs]
+    return verdicts, sides
+
+# %% ../nbs/09c_novelty.ipynb #561f8faf
+@in_style
+def plot_novelty(found: dict[str, dict[str, Any]]) -> Figure:
+    """Distributions of the novelty ratio by search; copies lie left of the threshold.
+    """
+    figure, axes = new_axes(1, len(found))
+    for ax, (name, search) in zip(axes[0], found.items(), strict=True):
+        for row, ratios in search["ratios"].items():
+            ax.hist(ratios, np.linspace(0, 1.02, 52), density=True, alpha=0.6,
+                    label=row)
+        ax.axvline(search["verdict"]["threshold"], color="k", ls=":", label="threshold")
+        ax.set(xlabel=f"nearest / mean of the next, by {name}", yticks=[])
+    axes[0, 0].legend(loc="upper left")
+    return figure
+
+
+@in_style
+def plot_pair(generated: Tensor, training: Tensor, cfg: SpectrogramConfig) -> Figure:
+    """Two blocks `[n_bins, n_frames]` side by side."""
+    figure, axes = new_axes(1, 2)
+    sides = {"generated": generated, "its nearest training passage": training}
+    for ax, (title, spec) in zip(axes[0], sides.items(), strict=True):
+        shown = ax.imshow((spec - 1) * cfg.top_db, vmin=-cfg.top_db, vmax=0,
+                          extent=(0, cfg.block_seconds, 0, cfg.sample_rate / 2))
+        ax.set(xlabel="time (s)", ylabel="frequency (Hz)", title=title)
+    figure.colorbar(shown, ax=axes, label="level (dB)")
+    return figure
+
+# %% ../nbs/09c_novelty.ipynb #0c0c7f22
+def novelty_section(comparison: Comparison, training: str | os.PathLike, transpose: int,
+                    cache: Path) -> Section:
+    """The search for copies, with the closest pairs to see and hear."""
+    cfg = comparison.generated.cfg
+    found, sides = novelty(comparison.generated, comparison.others, training,
+                           transpose=transpose, cache=cache)
+    figures = {"novelty": plot_novelty(found)}
+    sounds = {}
+    for search, pairs in sides.items():
+        for i, pair in enumerate(pairs):
+            waves = [to_wave(spec, cfg, generator=torch.Generator().manual_seed(0))
+                     for spec in pair]
+            figures[f"{search} {i}"] = plot_pair(*pair, cfg)
+            sounds[f"{search} {i}"] = [*zip(("generated", "training"), waves,
+                                            strict=True)]
+    return Section({"novelty": found}, figures, sounds)

@@ -91,7 +91,7 @@ def _ticks(end: float, most: int) -> list[float]:
 def _static(name: str) -> str:
     """A file of the package's folder `static` as an element of a page, without its comments and indentation."""
     text = (resources.files("pianodiff") / "static" / name).read_text()
-    text = re.sub(r"^//.*|/\*.*?\*/|^\s+", "", re.sub(r"^[ \t]+", "", text, flags=re.M), flags=re.M)
+    text = re.sub(r"^\s*//.*\n|/\*.*?\*/\s*|^\s+", "", text, flags=re.M)
     tag = "style" if name.endswith(".css") else "script"
     return f"<{tag}>\n{text}</{tag}>"
 

@@ -23,19 +23,20 @@ class UNetConfig:
 
     n_bins: int = 256
     n_frames: int = 128
-    patch: int = 1  # fold the block into patch² channels of 1/patch the height and width
+    patch: int = 1  # fold the block into patch² channels of 1/patch the size
     channels: tuple[int, ...] = (128, 256, 256, 256, 256)
     blocks: tuple[int, ...] = (2, 2, 2, 2, 2)  # residual blocks down, and as many up
-    attention: tuple[str, ...] = ("", "", "", "ft", "ft")  # "f", "t", "f+t" in turn, "ft"
+    attention: tuple[str, ...] = ("", "", "", "ft", "ft")  # or "f", "t", "f+t"
     emb_channels: int = 512
-    cond_channels: tuple[int, ...] = (32, 64, 128, 256, 256)  # of the spectrogram embedding
+    cond_channels: tuple[int, ...] = (32, 64, 128, 256, 256)  # of the embedding
     adaptive: bool = False  # embeddings scale and shift (AdaGN), or are added (DDPM++)
     coordinates: bool = False  # learned terms for each frequency row and time column
     context: int = 0  # columns of the previous block that stand before the noisy block
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if isinstance(value := getattr(self, field.name), list):  # as JSON gives them
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # as JSON gives them
                 object.__setattr__(self, field.name, tuple(value))
         _check_config(self)
 
@@ -51,12 +52,14 @@ def _heads(channels: int) -> int:
 
 def _check_config(config: UNetConfig) -> None:
     if not 0 < len(config.channels) == len(config.blocks) == len(config.attention):
-        raise ValueError("channels, blocks and attention need one entry for each resolution")
+        raise ValueError("channels, blocks and attention need one entry "
+                         "for each resolution")
     widths = (*config.channels, *config.cond_channels)
     sizes = (config.n_bins, config.n_frames, config.patch, config.emb_channels)
     for n in (*sizes, *config.blocks, *widths):
         if type(n) is not int or n < 1:
-            raise ValueError(f"a network can't have a size of {n!r}; use whole numbers from 1")
+            raise ValueError(f"a network can't have a size of {n!r}; "
+                             "use whole numbers from 1")
     for n in widths:
         if n % 4 or n % _groups(n) or 2 * n % _groups(2 * n) or n % _heads(n):
             raise ValueError(f"{n} channels don't split into groups and heads; "
@@ -67,22 +70,25 @@ def _check_config(config: UNetConfig) -> None:
     levels, shrinks = len(config.channels) - 1, len(config.cond_channels)
     step = config.patch * 2 ** max(levels, shrinks)
     if config.n_bins % step or config.n_frames % step:
-        raise ValueError(f"a block of {config.n_bins} x {config.n_frames} can't be halved "
-                         f"as often as these levels do; use multiples of {step}, "
-                         "or fewer levels")
+        raise ValueError(f"a block of {config.n_bins} x {config.n_frames} can't be "
+                         "halved as often as these levels do; "
+                         f"use multiples of {step}, or fewer levels")
     step, context = config.patch * 2**levels, config.context
-    if type(context) is not int or context % step or not 0 <= context <= config.n_frames:
+    allowed = range(0, config.n_frames + 1, step)
+    if type(context) is not int or context not in allowed:
         raise ValueError(f"context must be a multiple of {step} from 0 to "
                          f"{config.n_frames}, not {context!r}")
 
 # %% ../nbs/04_unet.ipynb #e6a6c1dc
 class NoiseEmbedding(nn.Module):
-    """Positional embedding of c_noise (Eq. (31)): sines and cosines `[B]` -> `[B, channels]`."""
+    """Positional embedding of c_noise, Eq. (31): `[B]` -> `[B, channels]`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # c_noise spans about [-1.6, 1.1]: from one radian a unit, which tells its ends apart, to a hundred
-        self.register_buffer("frequencies", torch.logspace(0, 2, channels // 2), persistent=False)
+        # c_noise spans about [-1.6, 1.1]: from one radian a unit, which tells its ends
+        # apart, to a hundred
+        frequencies = torch.logspace(0, 2, channels // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.frequencies: Tensor
 
     def forward(self, c_noise: Tensor) -> Tensor:
@@ -104,9 +110,10 @@ def _zero(module: nn.Module) -> nn.Module:
 class ResidualBlock(nn.Module):
     """Two convolutions, each after normalisation and SiLU, around a skip connection.
 
-    `x` `[B, in, f, t]`, `emb` `[B, emb]` -> `[B, out, f, t]`. The embedding is added between
-    the two convolutions (the DDPM++ block of Song et al. 2021, Eq. (residual)); if `adaptive`,
-    it scales and shifts the second normalisation (AdaGN, Dhariwal and Nichol 2021, Eq. (adagn)).
+    `x` `[B, in, f, t]`, `emb` `[B, emb]` -> `[B, out, f, t]`. The embedding is added
+    between the two convolutions (the DDPM++ block of Song et al. 2021, Eq. (residual));
+    if `adaptive`, it scales and shifts the second normalisation (AdaGN, Dhariwal and
+    Nichol 2021, Eq. (adagn)).
     """
 
     def __init__(
@@ -119,7 +126,7 @@ class ResidualBlock(nn.Module):
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv1 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.affine = nn.Linear(emb_channels, out_channels * (2 if adaptive else 1))
-        self.skip = nn.Identity()
+        self.skip: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.skip = nn.Conv2d(in_channels, out_channels, 1)
 
@@ -135,10 +142,10 @@ class ResidualBlock(nn.Module):
 
 # %% ../nbs/04_unet.ipynb #46cd058b
 class Attention(nn.Module):
-    """Self-attention, Eq. (attention), in a residual branch: `[B, C, f, t]` -> `[B, C, f, t]`.
+    """Self-attention, Eq. (attention), in a residual branch of `[B, C, f, t]`.
 
-    Positions see each other all ("ft"), within one instant ("f") or within one frequency row ("t").
-    A head has 32 channels or a few more.
+    Positions see each other all ("ft"), within one instant ("f") or within one
+    frequency row ("t"). A head has 32 channels or a few more.
     """
 
     def __init__(self, channels: int, axis: str) -> None:
@@ -157,14 +164,14 @@ class Attention(nn.Module):
             qkv = qkv.transpose(2, 3)
         b, _, length, lines = qkv.shape  # positions see each other along dimension 2
         qkv = qkv.reshape(b, 3, self.heads, -1, length, lines).permute(1, 0, 5, 2, 4, 3)
-        h = F.scaled_dot_product_attention(*qkv.flatten(1, 2))  # [b * lines, heads, length, c]
+        h = F.scaled_dot_product_attention(*qkv.flatten(1, 2))
         h = h.unflatten(0, (b, lines)).permute(0, 2, 4, 3, 1).flatten(1, 2)
         h = h.transpose(2, 3) if self.axis == "t" else h.reshape(x.shape)
         return (x + self.out(h)) * math.sqrt(0.5)
 
 # %% ../nbs/04_unet.ipynb #dabe9e91
 class Coordinates(nn.Module):
-    """Adds to `x` `[B, C, rows, columns]` what is learned of a place: a vector for each row and one for each column."""
+    """Adds a learned vector for each row and each column: `[B, C, rows, columns]`."""
 
     def __init__(self, channels: int, rows: int, columns: int) -> None:
         super().__init__()
@@ -176,12 +183,18 @@ class Coordinates(nn.Module):
 
 # %% ../nbs/04_unet.ipynb #cdcfe258
 class Stage(nn.Module):
-    """A residual block, and the attention that follows it: `[B, in, f, t]`, `[B, emb]` -> `[B, out, f, t]`."""
+    """A residual block and the attention after it.
 
-    def __init__(self, in_channels: int, out_channels: int, attention: str, config: UNetConfig) -> None:
+    `[B, in, f, t]`, `[B, emb]` -> `[B, out, f, t]`; `attention` is as in `UNetConfig`.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, attention: str, config: UNetConfig
+    ) -> None:
         super().__init__()
-        self.block = ResidualBlock(in_channels, out_channels, config.emb_channels, config.adaptive)
-        self.attention = nn.ModuleList(Attention(out_channels, axis) for axis in attention.split("+") if axis)
+        emb, axes = config.emb_channels, [axis for axis in attention.split("+") if axis]
+        self.block = ResidualBlock(in_channels, out_channels, emb, config.adaptive)
+        self.attention = nn.ModuleList(Attention(out_channels, axis) for axis in axes)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = self.block(x, emb)
@@ -191,10 +204,10 @@ class Stage(nn.Module):
 
 # %% ../nbs/04_unet.ipynb #f77cd934
 class SpectrogramEmbedding(nn.Module):
-    """The previous block `[B, 1, F, W]` as one vector `[B, emb_channels]` (section III-C, 2; Fig. 8).
+    """The previous block `[B, 1, F, W]` as one vector `[B, emb_channels]` (Fig. 8).
 
-    Convolutional blocks halve it again and again; a fully connected layer turns the last
-    feature map into a vector.
+    Convolutional blocks halve it again and again; a fully connected layer turns the
+    last feature map into a vector.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -228,12 +241,13 @@ Cond = Tensor | tuple[Tensor, Tensor] | Past | None
 
 
 def _side_by_side(x: Tensor, past: Past, config: UNetConfig) -> Tensor:
-    """The past's columns and the noisy block, folded, with a channel that marks the past."""
+    """The past's columns and the noisy block, folded; a channel marks the past."""
     h = F.pixel_unshuffle(torch.cat([past.columns, x], dim=3), config.patch)
     if not config.context:
         return h
     columns = config.context // config.patch
-    mark = past.has_prev[:, None, None, None].to(x.dtype).expand(-1, 1, h.shape[2], columns)
+    mark = past.has_prev[:, None, None, None].to(x.dtype)
+    mark = mark.expand(-1, 1, h.shape[2], columns)
     return torch.cat([h, F.pad(mark, (0, h.shape[3] - columns))], dim=1)
 
 # %% ../nbs/04_unet.ipynb #094212dc
@@ -244,7 +258,7 @@ def _expected(config: UNetConfig) -> str:
 def _with_flags(
     cond: Tensor | tuple[Tensor, Tensor] | None, batch: int, net: "UNet"
 ) -> tuple[Tensor, Tensor]:
-    """A condition as previous blocks `[B, 1, F, W]`, and which of them are there, `[B]`."""
+    """Previous blocks `[B, 1, F, W]`, and which of them are there, `[B]`."""
     shape = (1, net.config.n_bins, net.config.n_frames)
     if cond is None:
         cond = net.null.new_zeros(batch, *shape), torch.zeros(batch, dtype=torch.bool)
@@ -255,9 +269,9 @@ def _with_flags(
         raise ValueError(f"{_expected(net.config)} {list(prev.shape)}")
     return prev, has_prev.to(prev.device)
 
-# %% ../nbs/04_unet.ipynb #2dbd0c98
+# %% ../nbs/04_unet.ipynb #3e959162
 def _level(config: UNetConfig, level: int) -> tuple[nn.Module, ...]:
-    """One resolution: coordinates, stages down, stages up, the convolution that leaves it."""
+    """One resolution: coordinates, stages down, stages up, and a narrowing."""
     width, before = config.channels[level], config.channels[max(level - 1, 0)]
     rows = config.n_bins // config.patch >> level
     columns = (config.n_frames + config.context) // config.patch >> level
@@ -274,9 +288,10 @@ class UNet(nn.Module):
     """The network F_θ of Eq. (24) (section III-C; Fig. 7).
 
     `x` `[B, 1, F, W]`, `c_noise` `[B]` -> `[B, 1, F, W]`. `cond` is the previous block
-    `[B, 1, F, W]`; or a pair `(prev, has_prev)` with a boolean `has_prev` `[B]`, where only
-    some blocks have one; or None, where none has. A learned null embedding stands for a
-    missing block. `cond` may also be the `Past` that `encode` made, once for many calls.
+    `[B, 1, F, W]`; or a pair `(prev, has_prev)` with a boolean `has_prev` `[B]`, where
+    only some blocks have one; or None, where none has. A learned null embedding stands
+    for a missing block. `cond` may also be the `Past` that `encode` made, once for many
+    calls.
     Raises ValueError if a block is not of the configuration's shape.
     """
 
@@ -288,7 +303,8 @@ class UNet(nn.Module):
                                    nn.SiLU(), nn.Linear(emb, emb))
         self.embedding = SpectrogramEmbedding(config)
         self.null = nn.Parameter(torch.zeros(emb))
-        self.stem = nn.Conv2d(config.patch**2 + (config.context > 0), c[0], 3, padding=1)
+        inputs = config.patch**2 + (config.context > 0)
+        self.stem = nn.Conv2d(inputs, c[0], 3, padding=1)
         levels = zip(*(_level(config, level) for level in range(len(c))), strict=True)
         self.places, self.down, self.up, self.narrow = map(nn.ModuleList, levels)
         self.middle = Stage(c[-1], c[-1], config.attention[-1], config)
@@ -296,10 +312,10 @@ class UNet(nn.Module):
         self.out = _zero(nn.Conv2d(c[0], config.patch**2, 3, padding=1))
 
     def encode(self, cond: Cond, batch: int = 1) -> Past:
-        """What the network takes from `cond`; None means `batch` blocks without predecessor.
+        """What the network takes from `cond`; None: `batch` blocks without predecessor.
 
-        `cond` is as in `UNet`; a `Past` comes back as it is. Raises ValueError for blocks
-        that are not `[B, 1, F, W]`.
+        `cond` is as in `UNet`; a `Past` comes back as it is.
+        Raises ValueError for blocks that are not `[B, 1, F, W]`.
         """
         if isinstance(cond, Past):
             return cond
@@ -322,7 +338,7 @@ class UNet(nn.Module):
             for stage in self.up[level].children():
                 h = stage(torch.cat([h, skips.pop()], dim=1), emb)
             if level:
-                h = F.interpolate(self.narrow[level](h), scale_factor=2.0, mode="nearest")
+                h = F.interpolate(self.narrow[level](h), scale_factor=2.0)
         h = F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.config.patch)
         return h[..., self.config.context :]
 

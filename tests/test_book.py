@@ -3,7 +3,9 @@
 A check is a function that lists the faults of a page; `test_a_check_finds_its_fault` breaks a small page for each.
 """
 
+import html
 import importlib
+import io
 import os
 import re
 import shutil
@@ -23,6 +25,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 
 from pianodiff.audio import SpectrogramConfig, to_spectrogram
 from pianodiff.show import player, slider
@@ -37,6 +40,7 @@ CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 MEGABYTE = 1_000_000
 PATIENCE = 600_000  # in the browser's milliseconds: nothing takes so long, however busy the machine
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+WIDE, COLUMNS = {"width": 1440, "height": 900}, 88      # so many columns of code fit on so wide a screen
 
 # What axe calls serious or critical and stays, with the reason.
 EXCEPTIONS: dict[str, str] = {}
@@ -248,9 +252,30 @@ def barriers(opened: Visit) -> list[str]:
 
 
 def wordless(opened: Visit) -> list[str]:
-    """Pictures whose alternative text is a file's name."""
+    """Pictures whose alternative text is a file's name, or has places that were to be filled."""
     texts = opened.page.evaluate("[...document.querySelectorAll('main img')].map(image => image.alt)")
-    return [text for text in texts if re.fullmatch(r"\S+\.\w+", text.strip())]
+    return [text for text in texts if re.fullmatch(r"\S+\.\w+", text.strip()) or re.search(r"\{[^}]*\}", text)]
+
+
+def needless(opened: Visit) -> list[str]:
+    """Scripts that a page loads and has no use for; equations that a keyboard has to step over."""
+    maths = opened.page.locator("mjx-container").count()
+    scripts = [url for url in opened.asked if "fontawesome.js" in url or ("mathjax" in url and not maths)]
+    return scripts + ["equations are tab stops"] * opened.page.locator("mjx-container[tabindex='0']").count()
+
+
+def cramped(opened: Visit) -> list[str]:
+    """Cells of code that scroll sideways although no line is longer than `COLUMNS`."""
+    opened.page.set_viewport_size(WIDE)
+    faults = opened.page.evaluate("""columns => {
+        for (const folded of document.querySelectorAll("details")) folded.open = true;
+        return [...document.querySelectorAll("div.cell_input pre")]
+            .filter(code => code.scrollWidth > code.clientWidth)
+            .filter(code => Math.max(...code.textContent.split("\\n").map(line => line.length)) <= columns)
+            .map(code => code.textContent.slice(0, 100));
+    }""", COLUMNS)
+    opened.page.set_viewport_size(DESKTOP)
+    return faults
 
 
 def sideways(opened: Visit) -> list[str]:
@@ -299,6 +324,14 @@ def test_a_phone_need_not_scroll_sideways(opened: Visit):
 
 def test_a_picture_has_words(opened: Visit):
     assert wordless(opened) == []
+
+
+def test_nothing_is_loaded_in_vain(opened: Visit):
+    assert needless(opened) == []
+
+
+def test_code_fits_on_a_wide_screen(opened: Visit):
+    assert cramped(opened) == []
 
 
 def test_nothing_bars_the_way(opened: Visit):    # the last one of a page, since it thins the page out
@@ -354,9 +387,13 @@ BAD = {
     "dark on dark": (barriers, "<style>[data-theme=dark] {background: #333}</style><p>not to be read at night</p>"),
     "a button without a name": (barriers, "<button></button>"),
     "a file's name as text": (wordless, f'<img alt="../_images/0ab1.png" src="{PIXEL}">'),
+    "a template as text": (wordless, f'<img alt="noise at {{sigma:g}}" src="{PIXEL}">'),
+    "maths in vain": (needless, '<script src="mathjax.js"></script>'),
+    "a tab stop of maths": (needless, '<mjx-container tabindex="0">x</mjx-container>'),
+    "narrow code": (cramped, f'<div class="cell_input"><pre style="width: 9em; overflow: auto">{"x" * 88}</pre></div>'),
     "a wide table": (sideways, '<table style="width: 500px"><tr><td>wide</td></tr></table>'),
 }
-CHECKS = [noises, strangers, directives, endless, dead, stuck, wordless, sideways, barriers]
+CHECKS = [noises, strangers, directives, endless, dead, stuck, wordless, needless, cramped, sideways, barriers]
 
 
 def small_page(context: "BrowserContext", folder: Path, body: str) -> Visit:
@@ -406,6 +443,56 @@ def test_a_page_opens_from_a_folder(name: str, context: "BrowserContext", book: 
     opened = visit(context, (book / f"{name}.html").as_uri())
     assert [fault for check in (noises, strangers, endless, dead, stuck) for fault in check(opened)] == []
     opened.page.close()
+
+
+def test_a_page_is_dark_where_the_system_is(context: "BrowserContext", site: str):
+    page = context.new_page()
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        page.goto(f"{site}{contents()[0]}.html")
+        assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    page.close()
+
+
+def test_the_first_page_is_light(context: "BrowserContext", site: str):
+    """In bytes, without what a server's compression saves: it was five megabytes."""
+    page, sizes = context.new_page(), []
+    page.on("response", lambda answer: sizes.append(int(answer.headers.get("content-length", 0))))
+    page.goto(f"{site}{contents()[0]}.html", wait_until="networkidle")
+    assert 100_000 < sum(sizes) < 1.2 * MEGABYTE
+    page.close()
+
+
+def test_at_night_all_of_a_figure_is_inverted_but_its_planes(extension, context: "BrowserContext", tmp_path: Path):
+    """A white picture with a plane in its middle: its edge turns dark, and the plane stays white."""
+    style = (ROOT / "book" / "_static" / "book.css").read_text()
+    picture = extension.at_night([[25, 25, 75, 75]])
+    (tmp_path / "page.html").write_text(
+        f'<html data-theme="dark"><style>body {{ margin: 0 }} {style}</style><body class="bd-content">'
+        f'<div class="picture container" style="background: #fff; width: 100px; height: 100px">{picture}</div>')
+    page = context.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    seen = Image.open(io.BytesIO(page.screenshot(clip={"x": 0, "y": 0, "width": 100, "height": 100}))).convert("L")
+    assert seen.getpixel((10, 50)) < 40 and seen.getpixel((50, 50)) == 255
+    page.close()
+
+
+def test_equations_of_the_library_are_links(book: Path):
+    page = (book / "book" / "api.html").read_text()
+    text = re.sub("<[^>]*>", "", page)
+    assert re.findall(r"Eqs?\. \([a-z][\w-]*\)", text) == []
+    assert len(re.findall(r'href="\.\./nbs/\w+\.html#equation-eq-', page)) > 50
+
+
+@pytest.mark.parametrize("name", contents())
+def test_a_link_to_a_page_shows_what_it_is(name: str, book: Path):
+    head = (book / f"{name}.html").read_text().partition("</head>")[0]
+    found = re.findall(r'<meta (?:name|property)="([\w:]+)" content="(.*?)"', head)
+    told = {key: html.unescape(text) for key, text in found}
+    assert len(told["description"]) > 3 and told["og:title"] and "<" not in told["description"]
+    assert told["og:url"].endswith(f"/{name}.html")
+    base = told["og:url"].removesuffix(f"{name}.html")
+    assert (book / told["og:image"].removeprefix(base)).is_file()
 
 
 class Links(HTMLParser):
@@ -490,7 +577,9 @@ def test_a_chapter_opens_in_colab(chapter: Path, book: Path):
     known = settings()
     address = (f"https://colab.research.google.com/github/{known['user']}/{known['repo']}/blob/{known['branch']}/"
                f"nbs/{chapter.name}")
-    assert address in Links(book / "nbs" / f"{chapter.stem}.html").asked
+    asked = Links(book / "nbs" / f"{chapter.stem}.html").asked
+    assert asked.count(address) == 1 + ("studio(Piano" in chapter.read_text())    # where the studio would run
+    assert f"https://github.com/{known['user']}/{known['repo']}" in asked
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)

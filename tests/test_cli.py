@@ -23,6 +23,7 @@ import torch
 from test_generate import LARGE, tiny_piano
 
 import pianodiff.cli
+import pianodiff.terminal
 from pianodiff.audio import SPECTROGRAMS, load_audio, save_audio
 from pianodiff.cli import main
 from pianodiff.generate import Piano
@@ -452,7 +453,7 @@ def test_signals_are_as_they_were(model, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert make(model) == 0
-        assert seen == [pianodiff.cli._interrupt, signal.SIG_IGN, pianodiff.cli._interrupt]
+        assert seen == [pianodiff.terminal._interrupt, signal.SIG_IGN, pianodiff.terminal._interrupt]
         assert [*map(signal.getsignal, numbers)] == [signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler]
         with ThreadPoolExecutor(1) as thread:
             assert thread.submit(make, model).result() == 0

@@ -16,12 +16,16 @@ from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
+from pianodiff.audio import SpectrogramConfig
 from pianodiff.distance import (
     Embedding,
     LogMel,
     Moments,
     VGGish,
+    distances,
     embed,
+    farther,
+    floors,
     frechet_distance,
     frechet_infinity,
     interval,
@@ -29,8 +33,11 @@ from pianodiff.distance import (
     kernel_distance_to,
     load_embedding,
     median_distance,
+    ranks_rightly,
     vggish_examples,
 )
+from pianodiff.pieces import Piece, Pieces, Row, make_rows, noise_like, read_pieces, retrieved
+from pianodiff.synth import example_performance
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -46,9 +53,10 @@ def gaussian(mean: Tensor, cov: Tensor) -> Moments:
 
 
 @pytest.fixture(autouse=True)
-def no_warnings_unasked():
+def no_warnings_unasked(request):
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        if not request.node.get_closest_marker("filterwarnings"):
+            warnings.simplefilter("error", UserWarning)
         yield
 
 
@@ -655,16 +663,24 @@ def test_bad_caches_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
-    embed(counting, waves, 8000, cache=tmp_path / "damaged")
-    next((tmp_path / "damaged").glob("*.safetensors")).write_bytes(b"x" * 9)
     embed(counting, waves, 8000, cache=tmp_path / "unread")
     (tmp_path / "unread" / "embedding.json").write_text("[]")
-    for name, words in (("file", "no folder"), ("full", "other things"), ("damaged", "damaged; delete it"),
+    for name, words in (("file", "no folder"), ("full", "other things"),
                         ("unread", "can't be read")):
         with pytest.raises(ValueError, match=words) as caught:
             embed(counting, waves, 8000, cache=tmp_path / name)
         assert name in str(caught.value)
     assert (tmp_path / "full" / "letter.txt").read_text() == "dear" and len(list((tmp_path / "full").iterdir())) == 1
+
+
+def test_a_damaged_file_of_points_is_made_anew(tmp_path):
+    waves, counting = normal(8, 50).float(), Counting()
+    expected = embed(counting, waves, 8000, cache=tmp_path, batch_size=4)
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
+    for damaged in (b"x" * 9, file.read_bytes()[:-1] + b"!"):
+        file.write_bytes(damaged)
+        assert torch.equal(embed(counting, waves, 8000, cache=tmp_path, batch_size=4), expected)
+    assert counting.heard == [4] * 4
 
 
 def test_bad_clips_and_bad_points_are_refused(tmp_path):
@@ -722,3 +738,83 @@ def test_a_killed_run_loses_one_batch(tmp_path):
     found = embed(counted, waves, 8000, cache=tmp_path / "cache", batch_size=4)
     torch.testing.assert_close(found, LogMel()(waves, 8000), atol=1e-5, rtol=1e-5)
     assert counted.heard == 12
+
+
+# between floor and noise
+
+
+CFG = SpectrogramConfig()
+
+
+def piece(blocks: int, title: str, seed: int = 0) -> Piece:
+    return Piece(f"{title}-{seed}.wav", title, example_performance(blocks * CFG.block_seconds, seed))
+
+
+@pytest.mark.filterwarnings("ignore:.*without full rank")
+def test_the_order_of_the_rows(music):
+    real = read_pieces(music / "real", CFG)
+    reference, others = real.split(12)
+    hiss = {p.name: torch.randn(p.wave.shape, generator=torch.Generator().manual_seed(0)) for p in others}
+    model = Pieces([p._replace(wave=p.wave + 0.05 * hiss[p.name]) for p in others], CFG)
+    rows = make_rows(model, others, retrieved(others))
+    assert all(row.clips.shape == (12, CFG.block_samples) for row in rows.values())
+    assert all(torch.equal(row.pieces, rows["real"].pieces) for row in rows.values())
+    table = distances(rows, reference, load_embedding("logmel"))
+    assert all(found["clips"] == 12 and found["pieces"] == len(others) for found in table.values())
+    for measure in ("frechet", "frechet_infinity", "kernel"):
+        assert table["real"][measure] < table["model"][measure] < table["noise"][measure]
+        assert abs(table["retrieved"][measure] / table["real"][measure] - 1) < 0.2
+    assert all(found["kernel_interval"][0] < found["kernel_interval"][1] for found in table.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*without full rank")
+def test_intervals_are_over_pieces_where_these_are_enough(music):
+    real = read_pieces(music / "real", CFG)
+    row = Row.of(real[:6])
+    assert row.pieces.unique().tolist() == [0, 1, 2, 3, 4, 5] and len(row.pieces) == len(row.clips)
+    logmel, reference = load_embedding("logmel"), real[6:]
+    x = embed(logmel, row.clips, CFG.sample_rate)
+    distance = kernel_distance_to(embed(logmel, reference.clips, CFG.sample_rate))
+    few = Row(row.clips, (row.pieces > 2).long())
+    table = distances({"many": row, "few": few}, reference, logmel)
+    assert table["many"]["kernel_interval"] == interval(distance, x, groups=row.pieces)
+    assert table["few"]["kernel_interval"] == interval(distance, x)
+
+
+def test_a_measure_that_ranks_wrongly_is_told():
+    def ranked(floor: float, ceiling: float, model: float, noise: float, split: tuple[float, float] = (2, 2.5)) -> bool:
+        rows = {"real": floor, "retrieved": ceiling, "model": model, "noise": noise}
+        table = {row: {"frechet": d, "frechet_infinity": d, "frechet_interval": (d - 0.5, d + 0.5)}
+                 for row, d in rows.items()}
+        return ranks_rightly(table, {"real": [1, split[0], 9], "model": [1.5, split[1], 3]})
+
+    assert ranked(1, 2, 3, 4) and ranked(1.2, 1, 3, 4)  # a tie
+    assert ranked(3.1, 3, 2, 4)  # an unlucky floor is not that of most splits
+    assert not any(ranked(*d) for d in ((2, 1, 3, 4), (1, 2, 4, 3), (1, 2, 4, 4)))
+    assert not ranked(1, 2, 3, 4, split=(2.5, 2)) and not ranked(1, 2, 3, 4, split=(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*without full rank")
+def test_floors_are_those_of_the_table_split_by_split(music, tmp_path):
+    real, logmel = read_pieces(music / "real", CFG), load_embedding("logmel")
+    made = read_pieces(music / "made", CFG).clips
+    found = floors(real, made, logmel, count=3, seed=5, cache=tmp_path / "kept")
+    assert found == floors(real, made, logmel, count=3, seed=5, cache=tmp_path / "kept")
+    assert len(set(found["real"])) == len(set(found["model"])) == 3
+    for n in range(3):
+        reference, others = real.split(len(made), 5 + n)
+        rows = {"real": Row.of(others), "model": Row(made, torch.arange(len(made)))}
+        table = distances(rows, reference, logmel)
+        for row in table:
+            assert found[row][n] == pytest.approx(table[row]["frechet"], rel=1e-4)
+    far = floors(real, noise_like(made, torch.Generator().manual_seed(0)), logmel, count=3)
+    assert farther(far) == 3 and min(far["model"]) > max(far["real"])
+    assert farther({"real": [1, 2, 3], "model": [2, 2, 2]}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*without full rank")
+def test_splits_that_cannot_be_are_left_out():
+    pieces = Pieces([piece(4, "A", 1), piece(4, "B", 2), piece(1, "C", 3)], CFG)
+    made = Pieces([piece(5, "made", 9)], CFG).clips
+    found = floors(pieces, made, load_embedding("logmel"), count=12)
+    assert 0 < len(found["real"]) == len(found["model"]) < 12  # where A and B are the others, C is too short

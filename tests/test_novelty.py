@@ -5,14 +5,15 @@ import math
 from pathlib import Path
 
 import pytest
+import soxr
 import torch
 import zarr
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pianodiff.audio import SpectrogramConfig, save_audio, to_spectrogram, to_wave
-from pianodiff.data import prepare
+from pianodiff.audio import SpectrogramConfig, save_audio, to_spectrogram
+from pianodiff.data import open_store, prepare
 from pianodiff.distance import LogMel
 from pianodiff.novelty import (
     LOWEST_PITCH,
@@ -21,9 +22,12 @@ from pianodiff.novelty import (
     calibrate,
     closest_pairs,
     nearest_vectors,
+    novelty,
     novelty_ratio,
     semitone_bands,
 )
+from pianodiff.phases import to_wave
+from pianodiff.pieces import Piece, Pieces, read_pieces
 
 CFG = SpectrogramConfig(n_fft=256, hop_length=64, n_frames=64)    # a block is 4096 samples, half a second
 TITLES = [f"piece {i}" for i in range(12)] + ["piece 0", "piece 0"]    # the first is there in three performances
@@ -384,3 +388,32 @@ def test_what_nearest_vectors_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             nearest_vectors(*bad, **options)
+
+
+# of an evaluation
+
+
+def test_a_planted_copy_is_found_among_pieces(music, tmp_path):
+    cfg = SpectrogramConfig()
+    prepare(music / "real", tmp_path / "store", cfg, splits=["train"], jobs=1)
+    pieces = {p.name: p for p in read_pieces(music / "real", cfg)}
+    copied = pieces["take 05.flac"] if "take 05.flac" in training_names(tmp_path / "store") else None
+    name = copied.name if copied else training_names(tmp_path / "store")[0]
+    made = read_pieces(music / "made", cfg)
+    stolen = Piece("stolen.wav", "stolen", 0.5 * pieces[name].wave[1000 : 1000 + 2 * cfg.block_samples])
+    found, sides = novelty(Pieces([*made, stolen], cfg), made, tmp_path / "store")
+    for search, verdict in found.items():
+        first = verdict["pairs"][0]
+        assert first["query"] >= made.blocks and first["recording"] == name.replace(" ", "%20")
+        assert verdict["verdict"]["suspicious"][0] == first["query"]
+        assert sides[search][0][0].shape == (cfg.n_bins, cfg.n_frames)
+        assert {row: len(ratios) for row, ratios in verdict["ratios"].items()} == {"model": 14, "held out": 12}
+    assert list(found) == ["spectrogram", "logmel"]
+    higher = Piece("higher.wav", "higher", torch.from_numpy(soxr.resample(stolen.wave.numpy(), 2 ** (2 / 12), 1)))
+    higher = higher._replace(wave=higher.wave[: cfg.block_samples])
+    found, _ = novelty(Pieces([*made, higher], cfg), made, tmp_path / "store", transpose=2)
+    assert found["spectrogram"]["pairs"][0]["query"] == 12 and found["spectrogram"]["pairs"][0]["transposition"] == 2
+
+
+def training_names(store: Path) -> list[str]:
+    return [r["id"].replace("%20", " ") for r in open_store(store).of("train")]

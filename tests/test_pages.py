@@ -1,10 +1,12 @@
 """The pages that are not chapters: every equation and figure has its place, every name and every link leads there."""
 
+import importlib
 import re
 import shlex
 from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -99,6 +101,54 @@ def test_the_commands_that_are_told_exist(command: list[str], capsys: pytest.Cap
 
 def test_the_commands_are_found():
     assert {command[0] for command in commands("train_your_own.md")} >= {"prepare", "train", "generate", "evaluate"}
+
+
+# ---- figures have one source
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("figures")
+
+
+def test_figures_are_those_that_were_measured(figures: ModuleType):
+    stale = [path.name for path in figures.files() if figures.fill(path.read_text()) != path.read_text()]
+    assert stale == [], "run python bench/figures.py"
+
+
+@pytest.mark.parametrize("wrong", [
+    "in <!-- =steps -->7<!-- = --> steps", "`nano` takes <!-- =nano 20 s -->an hour<!-- = -->",
+    "see [99](nbs/09_evaluate.ipynb)", "[Chapter 09a](09a_distance.ipynb)"])
+def test_a_stale_figure_is_found_and_mended(figures: ModuleType, wrong: str):
+    mended = figures.fill(wrong)
+    assert mended != wrong and figures.fill(mended) == mended
+
+
+@pytest.mark.parametrize("unknown", ["<!-- =stops -->7<!-- = -->", "[99](nbs/99_nothing.ipynb)"])
+def test_a_figure_without_source_is_refused(figures: ModuleType, unknown: str):
+    with pytest.raises(KeyError):
+        figures.fill(unknown)
+
+
+LOOSE = {"steps": r"\b(?:1[0-9]|dozen|twelve|fifteen) steps\b", "a chapter's number": r"(?i)\bchapters? \d",
+         "seconds of work": r"\d s on (?:two|2) cores", "a first sound": r"first sound (?:comes )?after \d",
+         "parameters": r"\d million parameters"}
+
+
+def loose(text: str) -> list[str]:
+    """Figures that are written by hand although they have a source; cells of code and generated parts are left out."""
+    text = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->|<!-- =.*?<!-- = -->|\[[^]]*\]\(|```.*?```", "", text, flags=re.S)
+    return [match[0] for pattern in LOOSE.values() for match in re.finditer(pattern, text)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_no_figure_of_a_page_is_written_by_hand(page: Path):
+    assert loose(page.read_text()) == []
+
+
+@pytest.mark.parametrize("text", ["takes 15 steps", "in chapter 09b", "3.4 s on two cores", "first sound after 0.4 s"])
+def test_a_figure_by_hand_is_found(text: str):
+    assert loose(text) and not loose(f"<!-- =x -->{text}<!-- = -->")
 
 
 def test_the_workflow_calls_the_makefile_alone():

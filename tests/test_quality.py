@@ -11,9 +11,9 @@ from test_generate import LARGE, tiny_piano
 
 from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 from pianodiff.audio import SPECTROGRAMS, save_audio
-from pianodiff.data import render_midi
 from pianodiff.generate import Piano
 from pianodiff.model import find_model, noise_levels
+from pianodiff.recordings import render_midi
 from pianodiff.synth import example_performance
 
 
@@ -150,7 +150,7 @@ def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypa
 
 def test_the_ruler_of_notes_tells_a_chord_from_noise_and_counts_its_notes(quality, fluidsynth, shared_data):
     import notes
-    from test_data import midi_file
+    from test_recordings import midi_file
 
     font = shared_data / "fluidr3-piano.sf2"
     spectra = notes.dictionary(font)

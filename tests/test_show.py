@@ -9,6 +9,7 @@ import sys
 import threading
 from datetime import datetime
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,11 @@ from pianodiff.show import _SAMPLERS, _static, player, slider, studio
 CFG = SPECTROGRAMS["nano"]
 WAVES = [0.3 * torch.sin(torch.arange(8192.0) * pitch) for pitch in (0.2, 0.5, 1.0)]
 FRAMES = [(f"{i} < 3", to_spectrogram(wave, CFG) if i else None, wave) for i, wave in enumerate(WAVES)]
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "pianodiff" / "static").glob("*.js"))
+STYLES = [*sorted((ROOT / "pianodiff" / "static").glob("*.css")), ROOT / "book" / "_static" / "book.css"]
 
 
 class Page(HTMLParser):
@@ -321,7 +327,79 @@ def test_importing_show_is_cheap():
     assert done.stdout.strip() == "set()"
 
 
+# ---- the files that a page needs
+
+def lint(*files: Path) -> subprocess.CompletedProcess:
+    program = shutil.which("oxlint", path=str(Path(sys.executable).parent))
+    assert program, "oxlint is missing: pip install -e '.[dev]'"
+    rules = "-D correctness -D suspicious -A unicorn/prefer-add-event-listener --deny-warnings"
+    return subprocess.run([program, *rules.split(), *files], capture_output=True, text=True)
+
+
+def test_scripts_pass_the_linter(tmp_path):
+    assert len(SCRIPTS) == 2
+    done = lint(*SCRIPTS)
+    assert done.returncode == 0, done.stdout
+    (tmp_path / "bad.js").write_text(SCRIPTS[0].read_text().replace("const box", "const unused"))
+    assert lint(tmp_path / "bad.js").returncode != 0
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *STYLES], ids=lambda path: path.name)
+def test_lines_are_short(path):
+    assert max(map(len, path.read_text().splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", [path.name for path in [*SCRIPTS, *STYLES[:-1]]])
+def test_a_page_gets_a_file_without_its_comments(name):
+    element = _static(name)
+    assert not re.search(r"^\s*//|/\*|^\s+\S", element, re.M) and len(element) > 500
+    source = (ROOT / "pianodiff" / "static" / name).read_text()
+    words = re.findall(r"[\w-]+", re.sub(r"^\s*//.*|/\*.*?\*/", "", source, flags=re.M))
+    assert re.findall(r"[\w-]+", element)[1:-1] == words
+
+
 # ---- in a browser
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api, program = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
+    if not program:
+        pytest.skip("needs the browser chromium")
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        opened = playwright.chromium.launch(executable_path=program, args=options, timeout=0)
+        yield opened
+        opened.close()
+
+
+def unknown(page, text: str) -> list[str]:
+    """The selectors and declarations of a style sheet that a browser drops; those for another one are left out."""
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+    rules = [(selector.strip(), body) for selector, body in re.findall(r"([^{}]+)\{([^{}]*)\}", text)]    # innermost
+    selectors = [selector for selector, _ in rules if "-moz-" not in selector]
+    lines = [line.replace("!important", "").strip() for _, body in rules for line in re.split(r";\s", f"{body} ")]
+    return page.evaluate("""([selectors, lines]) => [...selectors.filter(it => {
+        try { document.querySelector(it) } catch { return true }
+    }), ...lines.filter(it => !CSS.supports(`(${it})`))]""", [selectors, [line for line in lines if line]])
+
+
+@pytest.mark.parametrize("path", STYLES, ids=lambda path: path.name)
+def test_a_browser_knows_every_style(path, browser):
+    page = browser.new_page()
+    assert unknown(page, path.read_text()) == []
+    assert unknown(page, ".a { colour: red } .b:hoover { color: red }") == [".b:hoover", "colour: red"]
+    page.close()
+
+
+def test_the_axes_of_an_untitled_player_are_seen_and_a_thumb_is_large(browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    made = player(WAVES[0]).data + slider(FRAMES, CFG, label="x").data
+    page.set_content(f"<div style='overflow: hidden'>{made}</div>")
+    top = page.locator(".piano").first.locator("i").nth(4)
+    assert top.inner_text() == "4 kHz" and top.bounding_box()["y"] >= page.locator("div").first.bounding_box()["y"]
+    assert page.locator("input").bounding_box()["height"] >= 44
+    page.close()
+
 
 DRIVE = """async () => {
   const sounds = [...document.querySelectorAll("audio")], log = [], wait = ms => new Promise(go => setTimeout(go, ms));
@@ -365,30 +443,21 @@ DRIVE = """async () => {
 }"""
 
 
-def test_in_a_browser(tmp_path):
+def test_in_a_browser(browser, tmp_path):
     """The same output twice, then a slider: they seek, play alone, keep the place; no name is left in the page."""
-    sync_api, program = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
-    if not program:
-        pytest.skip("needs the browser chromium")
-    twice = player(WAVES[0]).data
+    twice = player(WAVES[0], lossless=True).data
     made = slider(FRAMES, CFG, label="one", lossless=True).data
-    html = "<!doctype html><meta charset='utf-8'>" + twice + twice + made
-    (tmp_path / "page.html").write_text(html)
-    with sync_api.sync_playwright() as playwright:
-        options = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-        browser = playwright.chromium.launch(executable_path=program, args=options, timeout=0)
-        page, said = browser.new_page(), []
-        page.set_default_timeout(0)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto((tmp_path / "page.html").as_uri())
-        log = page.evaluate(DRIVE)
-        plain = browser.new_context(java_script_enabled=False).new_page()
-        plain.set_default_timeout(0)
-        plain.goto((tmp_path / "page.html").as_uri())
-        controls = [each.locator("label").is_visible() for each in (page, plain)]
-        figures = plain.locator(".piano-slider figure:visible").count()
-        browser.close()
+    (tmp_path / "page.html").write_text("<!doctype html><meta charset='utf-8'>" + twice + twice + made)
+    page, said = browser.new_page(), []
+    page.set_default_timeout(0)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto((tmp_path / "page.html").as_uri())
+    log = page.evaluate(DRIVE)
+    plain = browser.new_context(java_script_enabled=False).new_page()
+    plain.goto((tmp_path / "page.html").as_uri())
+    controls = [each.locator("label").is_visible() for each in (page, plain)]
+    figures = plain.locator(".piano-slider figure:visible").count()
     assert said == []
     assert log == [
         "1.024,1.024,1.024,1.024,1.024",

@@ -1,0 +1,118 @@
+"""Settings, learning rate, average, batches and held-out blocks: pure functions of settings, seed and step."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import CONFIG, SPECTROGRAM, chords
+from torch import nn
+
+from pianodiff.data import BlockDataset, prepare
+from pianodiff.edm import Denoiser
+from pianodiff.recipe import (
+    EVAL_SIGMAS,
+    PowerEMA,
+    TrainConfig,
+    adamw,
+    draw_batch,
+    hold_out,
+    learning_rate,
+    standardise,
+    training_loss,
+    use_bf16,
+)
+from pianodiff.unet import UNet
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> BlockDataset:
+    folder = tmp_path_factory.mktemp("recipe")
+    prepare(chords(folder / "wav", 4), folder / "store", SPECTROGRAM, jobs=1)
+    return BlockDataset(folder / "store", "train", random_offset=True, in_memory=True)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"images": 0}, "images must be positive, not 0"), ({"lr": float("nan")}, "lr must be"),
+    ({"cond_dropout": 2}, "cond_dropout must lie between 0 and 1"), ({"seed": -1}, "seed must"),
+    ({"unet": None, "preset": "x"}, "no preset 'x'; choose"), ({"P_mean": float("nan")}, "P_mean must be finite"),
+    ({"betas": (0.9, 1)}, "betas must be"), ({"betas": (-0.1, 0.9)}, "betas must be"),
+    ({"betas": (0.9,)}, "betas must be two"),
+    ({"ema_std": 0.5}, "ema_std must lie"), ({"ema_std": 0}, "ema_std must lie"),
+    ({"batch_size": 4.5}, "batch_size must be a whole number, not 4.5"), ({"seed": 1.5}, "seed must be a whole"),
+    ({"workers": float("nan")}, "workers must be a"),
+])
+def test_bad_settings_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **wrong)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    config = TrainConfig(images=1000, lr=0.5, warmup_images=100, decay_fraction=0.25)
+    rates = [learning_rate(config, images) for images in (0, 50, 100, 750, 875, 1000, 2000)]
+    assert rates == [0, 0.25, 0.5, 0.5, 0.25, 0, 0]
+
+
+def test_the_average_of_constant_weights_is_their_value():
+    net = nn.Linear(2, 2)
+    ema = PowerEMA(net, 0.08)
+    nn.init.constant_(net.weight, 3.0)
+    for step in range(1, 6):
+        ema.update(net, step)
+    assert torch.equal(ema.net.weight, net.weight) and not ema.net.weight.requires_grad
+
+
+def test_vectors_do_not_decay():
+    groups = adamw(nn.Linear(3, 2), TrainConfig(weight_decay=0.5)).param_groups
+    assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [(0.5, [2]), (0, [1])]
+
+
+def test_each_block_comes_once_an_epoch(data, monkeypatch):
+    config, seen, codes = replace(CONFIG, batch_size=2, cond_dropout=0.0), [], data.codes
+    monkeypatch.setattr(data, "codes", lambda index, offset: seen.append(index) or codes(index, offset))
+    count = len(data) // 2 * 2
+    for step in range(count // 2):
+        for rank in range(2):
+            assert draw_batch(data, count, config, step, rank, 2)["spec"].shape == (1, 1, 32, 32)
+    assert sorted(seen) == list(range(count)) and seen != sorted(seen)
+
+
+def test_held_out_blocks_are_shared_and_the_same(data):
+    whole, halves = hold_out(data, CONFIG), [hold_out(data, CONFIG, rank, 2) for rank in range(2)]
+    assert (whole.split, whole.training_blocks, len(whole.noise)) == ("validation", len(data), CONFIG.eval_blocks)
+    for rank, half in enumerate(halves):
+        assert torch.equal(half.noise, whole.noise[rank::2])
+        assert all(torch.equal(half.blocks[key], whole.blocks[key][rank::2]) for key in whole.blocks)
+
+
+def test_without_a_validation_split_the_last_blocks_are_held_out(tmp_path: Path):
+    prepare(chords(tmp_path / "wav", 1), tmp_path / "store", SPECTROGRAM, jobs=1)
+    data = BlockDataset(tmp_path / "store", "train", random_offset=False)
+    held = hold_out(data, CONFIG)
+    assert held.split == "train" and held.training_blocks == len(data) - len(held.noise) < len(data)
+    last = torch.from_numpy(data.codes(len(data) - 1)["spec"]).mT
+    assert torch.equal(held.blocks["spec"][-1, 0], last)
+
+
+def test_the_loss_is_a_function_of_the_seed(data):
+    net, batch = Denoiser(UNet(CONFIG.network)), draw_batch(data, len(data), CONFIG, step=0)
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(training_loss(net, batch, data.info.mean, data.info.std, CONFIG).item())
+    assert losses[0] == losses[1] != losses[2] and 0.3 < losses[0] < 3
+
+
+def test_blocks_in_bytes_are_standardised_as_numbers():
+    codes = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    has_prev = torch.tensor([True, False])
+    y, (prev, same) = standardise({"spec": codes, "prev": codes, "has_prev": has_prev}, 0.4, 0.2)
+    torch.testing.assert_close(y, (codes / 255 - 0.4) * 2.5)
+    assert torch.equal(prev, y) and same is has_prev
+    assert torch.equal(standardise({"spec": codes / 255, "prev": codes, "has_prev": has_prev}, 0.4, 0.2)[0], y)
+
+
+def test_precision_is_as_set():
+    cpu = torch.device("cpu")
+    assert use_bf16(TrainConfig(mixed_precision="bf16"), cpu) and not use_bf16(TrainConfig(mixed_precision="no"), cpu)
+    assert len(EVAL_SIGMAS) == 8

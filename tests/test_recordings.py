@@ -1,0 +1,178 @@
+"""What is found in a data set, whatever its layout and its damage; and MIDI, played."""
+
+import csv
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import zarr
+
+from pianodiff.audio import SpectrogramConfig, save_audio
+from pianodiff.data import open_store, prepare
+from pianodiff.recordings import SPLITS, find_recordings, find_soundfont, render_midi
+
+CFG = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)    # a block is 1024 samples, an eighth of a second
+SECONDS = {"a": 0.5, "b": 0.7, "c": 0.4, "d": 0.3}
+SPLIT = {"a": "train", "b": "train", "c": "validation", "d": "test"}
+COLUMNS = ["canonical_composer", "canonical_title", "split", "midi_filename", "audio_filename", "duration"]
+
+
+def sound(seed: int, seconds: float) -> torch.Tensor:
+    """Three decaying tones and a little noise."""
+    generator, time = torch.Generator().manual_seed(seed), torch.arange(round(seconds * 8000)) / 8000
+    pitches = 200 * 8 ** torch.rand(3, 1, generator=generator)
+    tones = (2 * torch.pi * pitches * time).sin().mean(0) * torch.exp(-4 * (time % 0.3))
+    return 0.5 * tones + 0.01 * torch.randn(len(time), generator=generator)
+
+
+def write_index(folder: Path, splits: dict[str, str], kind: str = "csv") -> None:
+    rows = [["Somebody", f"piece {name}", split, f"2004/{name}.midi", f"2004/{name}.wav", SECONDS.get(name, 1)]
+            for name, split in splits.items()]
+    if kind == "csv":
+        with open(folder / "maestro-v9.csv", "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+    else:
+        columns = {name: {str(i): row[k] for i, row in enumerate(rows)} for k, name in enumerate(COLUMNS)}
+        (folder / "maestro-v9.json").write_text(json.dumps(columns))
+
+
+def maestro(folder: Path, kind: str = "csv") -> Path:
+    """Four short recordings in MAESTRO's layout."""
+    (folder / "2004").mkdir(parents=True)
+    for seed, (name, seconds) in enumerate(SECONDS.items()):
+        save_audio(folder / "2004" / f"{name}.wav", sound(seed, seconds))
+    write_index(folder, SPLIT, kind)
+    return folder
+
+
+def zipped(folder: Path, archive: Path, inside: str = "") -> Path:
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(folder.rglob("*.*")):
+            file.write(path, Path(inside, path.relative_to(folder)))
+    return archive
+
+
+# MIDI
+
+def midi_file(*pitches: int) -> bytes:
+    """One note after another, each of two seconds."""
+    events = b"".join(bytes([0, 0x90, pitch, 90, 0x83, 0x00, 0x80, pitch, 0]) for pitch in pitches) + b"\0\xff\x2f\0"
+    return b"MThd\0\0\0\6\0\0\0\1\0\x60" + b"MTrk" + len(events).to_bytes(4, "big") + events
+
+
+def test_midi_stands_in_for_missing_audio(fluidsynth, shared_data, tmp_path):
+    source = maestro(tmp_path / "music")
+    for name, pitch in [("a", 57), ("b", 69)]:    # of a the audio is there too
+        (source / f"2004/{name}.midi").write_bytes(midi_file(pitch))
+    (source / "2004/b.wav").unlink()
+    cfg = SpectrogramConfig(n_frames=16)
+    report = prepare(source, tmp_path / "store", cfg, jobs=1, soundfont=shared_data / "fluidr3-piano.sf2")
+    assert report["recordings"] == 4 and report["skipped"] == {}
+    group = zarr.open_group(tmp_path / "store", mode="r")
+    assert sorted(group) == ["2004--a.wav", "2004--b.midi", "2004--c.wav", "2004--d.wav"]
+    played = group["2004--b.midi"][:]
+    assert 2 * 62.5 < len(played) < 8 * 62.5
+    assert abs(int(played[20:80].mean(axis=0).argmax()) * 8000 / 512 - 440) < 16    # A4
+
+
+def test_real_performances(fluidsynth, shared_data, tmp_path, monkeypatch):
+    archive = shared_data / "asap-maestro-midi.zip"
+    found = find_recordings(archive)
+    assert len(found) == 944 and {r.path[-4:] for r in found} == {".mid"}
+    hours = {split: sum(r.duration for r in found if r.split == split) / 3600 for split in SPLITS}
+    assert hours == pytest.approx({"train": 66.6, "validation": 10.0, "test": 9.1}, abs=0.05)
+    short = min(found, key=lambda r: r.duration)
+    with zipfile.ZipFile(archive) as file, zipfile.ZipFile(tmp_path / "one.zip", "w") as one:
+        one.writestr(f"{short.title}.mid", file.read(short.path))
+    monkeypatch.setenv("PIANODIFF_SOUNDFONT", str(shared_data / "fluidr3-piano.sf2"))
+    report = prepare(tmp_path / "one.zip", tmp_path / "store", SpectrogramConfig(), jobs=1)
+    assert short.duration <= 3600 * report["hours"]["train"] < short.duration + 10    # the last notes die away
+    assert 0.1 < open_store(tmp_path / "store").mean < 0.6
+
+
+def test_midi_that_cannot_be_played(fluidsynth, shared_data, tmp_path):
+    piano = shared_data / "fluidr3-piano.sf2"
+    for midi, reason in [(midi_file(60)[:-7], "end of file"), (b"RIFF", "not a MIDI file"), (b"", "not a MIDI file")]:
+        with pytest.raises(ValueError, match=reason):
+            render_midi(midi, piano)
+    (tmp_path / "damaged.sf2").write_bytes(piano.read_bytes()[:50_000])    # FluidSynth would go on with another
+    (tmp_path / "no.sf2").write_text("no soundfont")
+    for name in ("damaged.sf2", "no.sf2"):
+        with pytest.raises(ValueError, match="FluidSynth can't play it.*soundfont again"):
+            render_midi(midi_file(60), tmp_path / name)
+
+
+def test_a_missing_soundfont_or_fluidsynth_is_named(tmp_path, monkeypatch):
+    (tmp_path / "music").mkdir()
+    (tmp_path / "music/a.mid").write_bytes(midi_file(60))
+    with pytest.raises(FileNotFoundError, match=r"no soundfont .*gone\.sf2; name one.*--soundfont"):
+        prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1, soundfont=tmp_path / "gone.sf2")
+    monkeypatch.setenv("PIANODIFF_SOUNDFONT", "elsewhere.sf2")
+    with pytest.raises(FileNotFoundError, match=r"no soundfont elsewhere\.sf2"):
+        prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "any.sf2").write_text("")
+    monkeypatch.setenv("PIANODIFF_SOUNDFONT", str(tmp_path / "any.sf2"))
+    assert find_soundfont() == str(tmp_path / "any.sf2")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"none of the 1 recordings .* a\.mid: FluidSynth is not installed; install"):
+        prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
+
+
+# Indexes
+
+INDEX = "split,audio_filename,duration\ntrain,a.wav,1\ntest,b.wav,2\n"
+COLUMNWISE = {"canonical_composer": {"0": "Bach", "1": "Satie"}, "split": {"0": "train", "1": "test"},
+              "audio_filename": {"0": "a.wav", "1": "b.wav"}}
+
+
+@pytest.mark.parametrize("name, text, reason", [
+    ("index.json", json.dumps(COLUMNWISE)[:-20], "Unterminated string"),
+    ("maestro-v3.json", json.dumps(COLUMNWISE)[:30], "Unterminated string"),
+    ("index.json", json.dumps(COLUMNWISE | {"split": {"0": "train"}}), "row 2 does not have one value for each column"),
+    ("index.json", json.dumps(COLUMNWISE | {"split": ["train", "test"]}), "it needs one {row: value} mapping"),
+    ("index.json", json.dumps([{"split": "train", "audio_filename": "a.wav"}]), "it needs one {row: value} mapping"),
+    ("index.csv", INDEX.encode("utf-16"), "utf-8"),
+    ("index.csv", INDEX[:-3], "row 2 does not have one value for each column"),
+    ("index.csv", INDEX.replace("a.wav", "a,1.wav"), "row 1 does not have one value for each column"),
+    ("index.csv", INDEX.splitlines()[0], "no rows"),
+    ("index.csv", INDEX.replace("split", "part"), "no column split"),
+    ("index.csv", INDEX.replace("audio_filename", "audio_file"), "no column audio_filename or midi_filename"),
+    ("deeper/maestro-v3.0.0.csv", "", "no column split"),
+])
+def test_an_index_that_cannot_be_used_is_not_passed_over(name, text, reason, tmp_path):
+    music = tmp_path / "music"
+    (music / name).parent.mkdir(parents=True)
+    (music / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    for seed, audio in enumerate("abcd"):
+        save_audio(music / f"{audio}.wav", sound(seed, 0.2))
+    with pytest.raises(ValueError, match=rf"the index {name} can't be used \(.*{reason}.*\); mend or remove it"):
+        prepare(music, tmp_path / "store", CFG, jobs=1)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"duration": {"0": 1, "1": "inf"}}, "row 2 has the duration 'inf'; give seconds"),
+    ({"duration": {"0": 1, "1": float("nan")}}, "row 2 has the duration nan; give seconds"),
+    ({"duration": {"0": 1, "1": [1, 2]}}, r"row 2 has the duration \[1, 2\]; give seconds"),
+    ({"duration": {"0": 1, "1": 10**400}}, "row 2 has the duration 1000"),
+    ({"duration": {"0": 1, "1": -1}}, "row 2 has the duration -1; give seconds"),
+    ({"audio_filename": {"0": "a.wav", "1": 5}}, r"row 2 names the file \[5\]; give a name"),
+    ({"split": {"0": "train", "1": ["test"]}}, "row 2 has the split"),
+])
+def test_an_index_with_a_value_of_another_kind(changes, message, tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps(COLUMNWISE | changes))
+    with pytest.raises(ValueError, match=rf"index\.json: {message}"):
+        find_recordings(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps(COLUMNWISE | {"canonical_title": {"0": 1812, "1": None}}))
+    assert [r.title for r in find_recordings(tmp_path)] == ["Bach: 1812", "Satie"]
+
+
+def test_an_index_with_a_bad_row(tmp_path):
+    for row, message in [("train,,", "row 2 names no file"), ("valid,x.wav,", "row 2 has the split 'valid'; choose"),
+                         ("test,x.wav,3:25", "row 2 .*'3:25'"), ("train,a.wav,1", "a.wav twice")]:
+        (tmp_path / "index.csv").write_text(f"split,audio_filename,duration\ntrain,a.wav,1\n{row}\n")
+        with pytest.raises(ValueError, match=message):
+            find_recordings(tmp_path)

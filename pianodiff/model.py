@@ -105,7 +105,6 @@ def noise_levels(config: dict[str, Any]) -> dict[str, float]:
     return levels
 
 # %% ../nbs/04b_model.ipynb #ed90735b
-#| code-fold: true
 _SPECTROGRAM = {"sample_rate": int, "n_fft": int, "hop_length": int, "n_frames": int,
                 "top_db": float}
 _NUMBERS = _SPECTROGRAM | {"mean": float, "std": float, "sigma_data": float}

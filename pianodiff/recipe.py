@@ -70,8 +70,7 @@ class TrainConfig:
         """The network to train."""
         return self.unet or PRESETS[self.preset]
 
-# %% ../nbs/06a_recipe.ipynb #598b6116
-#| code-fold: true
+# %% ../nbs/06a_recipe.ipynb #ccc961d0
 _POSITIVE = ("images", "batch_size", "lr", "P_std", "grad_clip", "workers",
              "eval_blocks", "eval_images", "log_images", "checkpoint_images",
              "snapshot_images")
@@ -159,7 +158,8 @@ class PowerEMA:
     def update(self, net: nn.Module, step: int) -> None:
         """Take in the weights after step 1, 2, ..., by Eq. (ema-step)."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
-        averages, weights = list(self.net.parameters()), list(net.parameters())
+        averages: list[Tensor] = list(self.net.parameters())
+        weights: list[Tensor] = list(net.parameters())
         torch._foreach_lerp_(averages, weights, 1 - beta)
         for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
             mine.copy_(theirs)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from .data import BlockDataset, Store
 from .files import ahead, seed_of, whole_file
 from .recipe import EVAL_SIGMAS, PowerEMA, TrainConfig, adamw, draw_batch
+from .terminal import progress_bar
 from .unet import UNet
 
 # %% ../nbs/06_train.ipynb #c31bc6ec
@@ -397,9 +398,8 @@ class _Progress:
     def __init__(self, run: Path, config: TrainConfig, images: int, seconds: float,
                  main: bool) -> None:
         self.log = TrainLog(run, images) if main else None
-        self.bar = tqdm(total=config.steps * config.batch_size, initial=images,
-                        unit=" images", disable=not main,
-                        mininterval=1 if sys.stderr.isatty() else 10)
+        self.bar = progress_bar(total=config.steps * config.batch_size, initial=images,
+                                unit=" images", disable=not main)
         self.history: list[tuple[float, float]] = []
         self.since = images, seconds
 
@@ -496,8 +496,7 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
 # %% ../nbs/06_train.ipynb #7f76db1b
 from .model import check_replaceable
 
-# %% ../nbs/06_train.ipynb #3f86aea5
-#| code-fold: true
+# %% ../nbs/06_train.ipynb #b8a31dd7
 try:
     import fcntl
 except ImportError:  # on Windows; runs aren't locked there

@@ -40,8 +40,7 @@ class UNetConfig:
                 object.__setattr__(self, field.name, tuple(value))
         _check_config(self)
 
-# %% ../nbs/04_unet.ipynb #780e3383
-#| code-fold: true
+# %% ../nbs/04_unet.ipynb #42a73b4c
 def _groups(channels: int) -> int:
     return min(32, channels // 4)
 
@@ -342,8 +341,7 @@ class UNet(nn.Module):
         h = F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.config.patch)
         return h[..., self.config.context :]
 
-# %% ../nbs/04_unet.ipynb #776e0e40
-#| code-fold: true
+# %% ../nbs/04_unet.ipynb #c280c914
 def _check_blocks(net: UNet, x: Tensor, past: Past) -> None:
     if x.shape != (len(past.vector), 1, net.config.n_bins, net.config.n_frames):
         raise ValueError(f"{_expected(net.config)} {list(x.shape)} "

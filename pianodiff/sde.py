@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/01_sde.ipynb #c21463af
-Score = Callable[[Tensor, Tensor], Tensor]  # (x [B, ...], t 0-d or [B]) -> the score, of x's shape
+# (x [B, ...], t 0-d or [B]) -> the score, of x's shape
+Score = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[dict[str, Any]], Any]  # called once a step with i, t and x
 
 
@@ -26,31 +27,36 @@ def _in_range(t: Tensor) -> Tensor:
 
 
 def _column(t: Tensor | float, x: Tensor) -> Tensor:
-    """Check x and the times t; return t `[1 or B, 1, ...]`, so that it multiplies x item by item."""
+    """t as `[1 or B, 1, ...]`, to multiply x item by item; both are checked."""
     if not (x.ndim and x.is_floating_point()):
-        raise ValueError(f"x must be floats [B, ...]; this is {x.dtype} {list(x.shape)}")
+        kind = f"{x.dtype} {list(x.shape)}"
+        raise ValueError(f"x must be floats [B, ...]; this is {kind}")
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if t.ndim > 1 or t.numel() not in (1, len(x)):
-        raise ValueError(f"t must be one time or one for each of the {len(x)} items, not of shape {list(t.shape)}")
+        raise ValueError(f"t must be one time or one for each of the {len(x)} items, "
+                         f"not of shape {list(t.shape)}")
     return _in_range(t).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _checked(score: Score, x: Tensor, t: Tensor) -> Tensor:
-    """One call of the score, its answer checked."""
-    found = score(x, t)
-    if found.shape != x.shape:
-        raise ValueError(f"the score has shape {list(found.shape)} for x of {list(x.shape)}")
-    if not found.isfinite().all():
-        raise ValueError(f"the score is NaN or infinite at t from {float(t.min()):.4g} to {float(t.max()):.4g}")
-    return found.to(x.dtype)
+    """The score, checked."""
+    value = score(x, t)
+    if value.shape != x.shape:
+        shapes = f"{list(value.shape)} for x of {list(x.shape)}"
+        raise ValueError(f"the score has shape {shapes}")
+    if not value.isfinite().all():
+        raise ValueError(f"the score is NaN or infinite at t from {float(t.min()):.4g} "
+                         f"to {float(t.max()):.4g}")
+    return value.to(x.dtype)
 
 # %% ../nbs/01_sde.ipynb #sde-class
 class SDE:
-    """A noising process dx = f(x, t) dt + g(t) dw, Eq. (6), with f linear in x and 0 < t <= 1.
+    """A noising process dx = f(x, t) dt + g(t) dw, Eq. (6), with f linear in x.
 
-    Its marginals are s(t) x0 + s(t) sigma(t) eps, with s and sigma those of Eq. (20). `VPSDE`, `VESDE` and `SubVPSDE`
-    are the ones to use. In all methods `x [B, ...]` is of any float dtype, and `t` 0-d or `[B]`; ValueError is raised
-    where t is outside (0, 1] or of another size.
+    Its marginals are s(t) x0 + s(t) sigma(t) eps, with s and sigma those of Eq. (20).
+    `VPSDE`, `VESDE` and `SubVPSDE` are the ones to use. In all methods `x [B, ...]` is
+    of any float dtype, and `t` 0-d or `[B]`; ValueError is raised where t is outside
+    (0, 1] or of another size.
     """
 
     @property
@@ -67,58 +73,74 @@ class SDE:
         raise NotImplementedError
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The time at which the noise level of Eq. (20) is `sigma` > 0, a tensor of any shape; of its shape and dtype.
+        """The time at which the noise level of Eq. (20) is `sigma` > 0, of any shape.
 
         Nothing is refused: the time is beyond 1 where the process doesn't reach sigma.
         """
         raise NotImplementedError
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale s(t) and noise level sigma(t) of Eq. (20), of t's shape: data x0 become s x0 + s sigma eps."""
+        """Scale s(t) and noise level sigma(t) of Eq. (20), of t's shape.
+
+        Data x0 become s x0 + s sigma eps.
+        """
         return self._schedule(_in_range(t))
 
     def marginal(self, x0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Mean, of x0's shape, and standard deviation `[1 or B, 1, ...]` of x at t given x0: Eq. (10)."""
+        """Mean and standard deviation of x at t given x0: Eq. (10).
+
+        The first has x0's shape, the second is `[1 or B, 1, ...]`.
+        """
         s, sigma = self._schedule(_column(t, x0))
         return s * x0, s * sigma
 
     def drift_diffusion(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Drift f(x, t), of x's shape, and diffusion g(t) `[1 or B, 1, ...]` of Eq. (6)."""
+        """Drift f(x, t) and diffusion g(t) of Eq. (6).
+
+        The first has x's shape, the second is `[1 or B, 1, ...]`.
+        """
         rate, diffusion = self._rates(_column(t, x))
         return rate * x, diffusion
 
-    def reverse(self, score: Score, noise: float = 1.0) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The process that leads back: a function like `drift_diffusion`, to be followed with dt < 0.
+    def reverse(self, score: Score, noise: float = 1.0
+                ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The process that leads back: a function like `drift_diffusion`, for dt < 0.
 
-        `score(x, t)` is the gradient of the log density at t. The drift is f - (1 + noise²)/2 g² score, the diffusion
-        noise * g: Eq. (7) for noise = 1, the probability-flow ODE, Eq. (19), for noise = 0. Every noise >= 0 has the
-        same marginals; it is Eq. (22) with beta = noise² sigma'/sigma. Raises ValueError if noise is negative or not
-        finite; the function that is returned does so where the score isn't finite or has not x's shape.
+        `score(x, t)` is the gradient of the log density at t. The drift is f - (1 +
+        noise²)/2 g² score, the diffusion noise * g: Eq. (7) for noise = 1, the
+        probability-flow ODE, Eq. (19), for noise = 0. Every noise >= 0 has the same
+        marginals; it is Eq. (22) with beta = noise² sigma'/sigma. Raises ValueError if
+        noise is negative or not finite; the function that is returned does so where the
+        score isn't finite or has not x's shape.
         """
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise must be finite and not negative, not {noise}")
 
         def drift_diffusion(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             drift, diffusion = self.drift_diffusion(x, t)
-            return drift - (1 + noise**2) / 2 * diffusion**2 * _checked(score, x, t), noise * diffusion
+            pull = (1 + noise**2) / 2 * diffusion**2 * _checked(score, x, t)
+            return drift - pull, noise * diffusion
 
         return drift_diffusion
 
     def prior(self, shape: Sequence[int], generator: torch.Generator | None = None,
               dtype: torch.dtype | None = None) -> Tensor:
-        """Noise of standard deviation `prior_std`, where sampling begins: nearly the distribution at t = 1.
+        """Noise of standard deviation `prior_std`: nearly the distribution at t = 1.
 
-        A tensor of this shape, on the generator's device or the CPU, float32 unless `dtype` is another.
+        A tensor of this shape, on the generator's device or the CPU, float32 unless
+        `dtype` is another.
         """
         device = generator.device if generator else None
-        return self.prior_std * torch.randn(*shape, generator=generator, dtype=dtype, device=device)
+        unit = torch.randn(*shape, generator=generator, dtype=dtype, device=device)
+        return self.prior_std * unit
 
 # %% ../nbs/01_sde.ipynb #153dedd0
 @dataclass(frozen=True)
 class VPSDE(SDE):
-    """Variance-preserving: dx = -beta/2 x dt + sqrt(beta) dw, Eq. (5), with beta(t) rising linearly.
+    """Variance-preserving: dx = -beta/2 x dt + sqrt(beta) dw, Eq. (5).
 
-    Data of unit variance keep it. Raises ValueError unless 0 < beta_min <= beta_max < inf.
+    beta(t) rises linearly. Data of unit variance keep it. Raises ValueError unless 0 <
+    beta_min <= beta_max < inf.
     """
 
     beta_min: float = 0.1  # beta(0)
@@ -126,10 +148,11 @@ class VPSDE(SDE):
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max < math.inf:
-            raise ValueError(f"need 0 < beta_min <= beta_max < inf, not {self.beta_min} and {self.beta_max}")
+            raise ValueError("need 0 < beta_min <= beta_max < inf, "
+                             f"not {self.beta_min} and {self.beta_max}")
 
     def beta(self, t: Tensor) -> Tensor:
-        """The rate of noise beta(t) at t, a tensor of any shape; of its shape, and no t is refused."""
+        """The rate of noise beta(t), for t of any shape and value."""
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def _integral(self, t: Tensor) -> Tensor:
@@ -137,9 +160,10 @@ class VPSDE(SDE):
         return t * self.beta_min + t**2 / 2 * (self.beta_max - self.beta_min)
 
     def _inverse(self, integral: Tensor) -> Tensor:
-        """The t at which the integral of beta has this value, without the loss of digits of the usual formula."""
+        """The t at which the integral of beta has this value, with all its digits."""
         slope = self.beta_max - self.beta_min
-        return 2 * integral / (self.beta_min + (self.beta_min**2 + 2 * slope * integral).sqrt())
+        root = (self.beta_min**2 + 2 * slope * integral).sqrt()
+        return 2 * integral / (self.beta_min + root)
 
     def _schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         integral = self._integral(t)
@@ -155,14 +179,18 @@ class VPSDE(SDE):
 # %% ../nbs/01_sde.ipynb #7037baad
 @dataclass(frozen=True)
 class SubVPSDE(VPSDE):
-    """Sub-VP: as `VPSDE`, but g² = beta (1 - exp(-2 int beta)), which is less noise: Song et al. 2021, section 3.4."""
+    """Sub-VP: as `VPSDE`, but with less noise: g² = beta (1 - exp(-2 int beta)).
+
+    Song et al. 2021, section 3.4.
+    """
 
     def _schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         integral = self._integral(t)
         return (-integral / 2).exp(), 2 * torch.sinh(integral / 2)
 
     def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return -self.beta(t) / 2, (self.beta(t) * -torch.expm1(-2 * self._integral(t))).sqrt()
+        less = -torch.expm1(-2 * self._integral(t))
+        return -self.beta(t) / 2, (self.beta(t) * less).sqrt()
 
     def time(self, sigma: Tensor) -> Tensor:
         """The time at which sigma(t) is `sigma`."""
@@ -171,9 +199,10 @@ class SubVPSDE(VPSDE):
 # %% ../nbs/01_sde.ipynb #ve-class
 @dataclass(frozen=True)
 class VESDE(SDE):
-    """Variance-exploding: dx = g dw, no scaling, and sigma(t)² = sigma_min² ((sigma_max / sigma_min)^(2t) - 1).
+    """Variance-exploding: dx = g dw, without scaling.
 
-    Song et al. 2021, section 3.4. Raises ValueError unless 0 < sigma_min < sigma_max < inf.
+    sigma(t)² = sigma_min² ((sigma_max / sigma_min)^(2t) - 1). Song et al. 2021, section
+    3.4. Raises ValueError unless 0 < sigma_min < sigma_max < inf.
     """
 
     sigma_min: float = 0.01
@@ -181,7 +210,8 @@ class VESDE(SDE):
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"need 0 < sigma_min < sigma_max < inf, not {self.sigma_min} and {self.sigma_max}")
+            raise ValueError("need 0 < sigma_min < sigma_max < inf, "
+                             f"not {self.sigma_min} and {self.sigma_max}")
 
     @property
     def prior_std(self) -> float:
@@ -196,40 +226,50 @@ class VESDE(SDE):
         return torch.ones_like(t), self.sigma_min * torch.expm1(self._growth * t).sqrt()
 
     def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(t), self.sigma_min * (self._growth * torch.exp(self._growth * t)).sqrt()
+        growth = self._growth * torch.exp(self._growth * t)
+        return torch.zeros_like(t), self.sigma_min * growth.sqrt()
 
     def time(self, sigma: Tensor) -> Tensor:
         """The time at which sigma(t) is `sigma`."""
         return torch.log1p((sigma / self.sigma_min) ** 2) / self._growth
 
 # %% ../nbs/01_sde.ipynb #8fc221e0
-def _times(x: Tensor, times: Tensor | Sequence[float] | None, num_steps: int, t_min: float) -> Tensor:
-    """Check x; return the falling times, evenly spaced from 1 to t_min where `times` gives none, in x's dtype."""
+def _times(x: Tensor, times: Tensor | Sequence[float] | None, num_steps: int,
+           t_min: float) -> Tensor:
+    """The falling times in x's dtype, even ones where `times` is None; x is checked."""
     if not (x.ndim and x.is_floating_point() and x.isfinite().all()):
-        raise ValueError(f"x must be finite floats [B, ...]; this is {x.dtype} {list(x.shape)}")
+        kind = f"{x.dtype} {list(x.shape)}"
+        raise ValueError(f"x must be finite floats [B, ...]; this is {kind}")
     if times is None:
         if not (num_steps >= 1 and num_steps % 1 == 0 and 0 < t_min < 1):
-            raise ValueError(f"need whole num_steps >= 1 and 0 < t_min < 1, not {num_steps} and {t_min}")
+            raise ValueError("need whole num_steps >= 1 and 0 < t_min < 1, "
+                             f"not {num_steps} and {t_min}")
         times = torch.linspace(1, t_min, int(num_steps) + 1, dtype=x.dtype)
     times = torch.as_tensor(times, dtype=x.dtype, device=x.device)
-    if times.ndim != 1 or len(times) < 2 or not ((times.diff() < 0).all() and times[0] <= 1 and times[-1] > 0):
-        raise ValueError(f"times must be two or more, fall at every step and lie in (0, 1], not {times.tolist()}")
+    several = times.ndim == 1 and len(times) >= 2
+    if not (several and (times.diff() < 0).all() and times[0] <= 1 and times[-1] > 0):
+        raise ValueError("times must be two or more, fall at every step and lie in "
+                         f"(0, 1], not {times.tolist()}")
     return times
 
 
 @torch.no_grad()
-def euler_maruyama_sample(sde: SDE, score: Score, x: Tensor, *, noise: float = 1.0, num_steps: int = 1000,
-                          t_min: float = 1e-3, times: Tensor | Sequence[float] | None = None,
-                          randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
-                          callback: Callback | None = None) -> Tensor:
-    """Follow the reverse SDE from `x [B, ...]`, drawn from `sde.prior`, by the Euler-Maruyama method: Eq. (18).
+def euler_maruyama_sample(
+    sde: SDE, score: Score, x: Tensor, *, noise: float = 1.0, num_steps: int = 1000,
+    t_min: float = 1e-3, times: Tensor | Sequence[float] | None = None,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Follow the reverse SDE by the Euler-Maruyama method: Eq. (18).
 
-    `score(x, t)` gets a 0-d t. `times`, falling, takes the place of `num_steps` even steps from 1 to `t_min`; each step
-    is one evaluation. `noise` is that of `SDE.reverse`. Before each step `callback` gets a dict with `i`, `t` and `x`.
-    Returns x at the last time, of x's shape and dtype. Raises ValueError on bad times, x or noise that isn't finite,
-    and where the score is of another shape or not finite.
+    `x [B, ...]` is drawn from `sde.prior`. `score(x, t)` gets a 0-d t. `times`,
+    falling, takes the place of `num_steps` even steps from 1 to `t_min`; each step is
+    one evaluation. `noise` is that of `SDE.reverse`. Before each step `callback` gets a
+    dict with `i`, `t` and `x`. Returns x at the last time, of x's shape and dtype.
+    Raises ValueError on bad times, x or noise that isn't finite, and where the score is
+    of another shape or not finite.
     """
-    reverse, times = sde.reverse(score, noise), _times(x, times, num_steps, t_min)
+    times, reverse = _times(x, times, num_steps, t_min), sde.reverse(score, noise)
     for i, (t, t_next) in enumerate(pairwise(times)):
         if callback:
             callback({"i": i, "t": t, "x": x})
@@ -238,7 +278,8 @@ def euler_maruyama_sample(sde: SDE, score: Score, x: Tensor, *, noise: float = 1
     return x
 
 # %% ../nbs/01_sde.ipynb #dcc04e36
-def _heun(velocity: Score, x: Tensor, times: Tensor, callback: Callback | None = None) -> Tensor:
+def _heun(velocity: Score, x: Tensor, times: Tensor,
+          callback: Callback | None = None) -> Tensor:
     """Follow dx/dt = velocity(x, t) through the times, by Heun's method."""
     for i, (t, t_next) in enumerate(pairwise(times)):
         if callback:
@@ -249,59 +290,77 @@ def _heun(velocity: Score, x: Tensor, times: Tensor, callback: Callback | None =
 
 
 @torch.no_grad()
-def ode_sample(sde: SDE, score: Score, x: Tensor, *, num_steps: int = 100, t_min: float = 1e-3,
-               times: Tensor | Sequence[float] | None = None, callback: Callback | None = None) -> Tensor:
-    """Follow the probability-flow ODE, Eq. (19), from `x [B, ...]`, drawn from `sde.prior`, by Heun's method.
+def ode_sample(
+    sde: SDE, score: Score, x: Tensor, *, num_steps: int = 100, t_min: float = 1e-3,
+    times: Tensor | Sequence[float] | None = None, callback: Callback | None = None,
+) -> Tensor:
+    """Follow the probability-flow ODE, Eq. (19), by Heun's method.
 
-    A step is two evaluations; nothing is random. The rest is as in `euler_maruyama_sample`.
+    `x [B, ...]` is drawn from `sde.prior`. A step is two evaluations; nothing is
+    random. The rest is as in `euler_maruyama_sample`.
     """
-    velocity = sde.reverse(score, noise=0.0)
-    return _heun(lambda x, t: velocity(x, t)[0], x, _times(x, times, num_steps, t_min), callback)
+    times, flow = _times(x, times, num_steps, t_min), sde.reverse(score, noise=0.0)
+    return _heun(lambda x, t: flow(x, t)[0], x, times, callback)
 
 # %% ../nbs/01_sde.ipynb #b0fa63e1
 def score_from_noise(sde: SDE, predict_noise: Score) -> Score:
-    """The score -eps / std that belongs to a network `predict_noise(x, t)`, which estimates eps: Eq. (15).
+    """The score -eps / std of a network that estimates eps: Eq. (15).
 
-    The estimate has the shape of `x [B, ...]`, and t is 0-d or `[B]`. The score raises ValueError as `SDE.marginal`
-    does.
+    `predict_noise(x, t)` has the shape of `x [B, ...]`, and t is 0-d or `[B]`. The
+    score raises ValueError as `SDE.marginal` does.
     """
     return lambda x, t: -predict_noise(x, t) / sde.marginal(x, t)[1]
 
 # %% ../nbs/01_sde.ipynb #fce5213a
 def dsm_loss(sde: SDE, score: Score, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Denoising score matching: what Eq. (16) takes the mean of, averaged over the dimensions of an item.
+    """Denoising score matching: what Eq. (16) takes the mean of.
 
-    Clean data `x0 [B, ...]`, times `t [B]` in (0, 1] and unit `noise` of x0's shape -> losses `[B]`. Raises ValueError
-    where shapes differ, t is out of range or the score isn't finite.
+    Clean data `x0 [B, ...]`, times `t [B]` in (0, 1] and unit `noise` of x0's shape ->
+    losses `[B]`, averaged over the dimensions of an item. Raises ValueError where
+    shapes differ, t is out of range or the score isn't finite.
     """
     if noise.shape != x0.shape:
-        raise ValueError(f"noise has shape {list(noise.shape)} for x0 of {list(x0.shape)}")
+        shapes = f"{list(noise.shape)} for x0 of {list(x0.shape)}"
+        raise ValueError(f"noise has shape {shapes}")
     mean, std = sde.marginal(x0, t)
-    return (_checked(score, mean + std * noise, t) + noise / std).square().flatten(1).mean(1)
+    error = _checked(score, mean + std * noise, t) + noise / std
+    return error.square().flatten(1).mean(1)
 
 # %% ../nbs/01_sde.ipynb #e031ede8
-def _probe_vectors(x: Tensor, probes: int | None, generator: torch.Generator | None) -> Tensor:
-    """Vectors `[V, B or 1, n]` whose sum of v v' is on average the identity, exactly where `probes` is None."""
+def _probe_vectors(x: Tensor, probes: int | None,
+                   generator: torch.Generator | None) -> Tensor:
+    """Vectors `[V, B or 1, n]` whose sum of v v' is on average the identity.
+
+    It is exactly the identity where `probes` is None.
+    """
     if probes is None:
         return torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)[:, None]
     if not (probes >= 1 and probes % 1 == 0):
-        raise ValueError(f"probes must be a whole number of at least 1, or None for the exact trace, not {probes}")
+        raise ValueError("probes must be a whole number of at least 1, or None for the "
+                         f"exact trace, not {probes}")
     device = generator.device if generator else x.device
-    signs = torch.randint(0, 2, (int(probes), len(x), x[0].numel()), generator=generator, device=device)
+    shape = int(probes), *x.flatten(1).shape
+    signs = torch.randint(0, 2, shape, generator=generator, device=device)
     return (2 * signs - 1).to(x) / probes**0.5
 
 
-def log_likelihood(sde: SDE, score: Score, x: Tensor, *, probes: int | None = 1, num_steps: int = 100,
-                   t_min: float = 1e-3, times: Tensor | Sequence[float] | None = None,
-                   generator: torch.Generator | None = None) -> Tensor:
-    """Log-likelihood `[B]` of `x [B, ...]` in bits per dimension: log2 of its density at t_min, over the dimensions.
+def log_likelihood(
+    sde: SDE, score: Score, x: Tensor, *, probes: int | None = 1, num_steps: int = 100,
+    t_min: float = 1e-3, times: Tensor | Sequence[float] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Log-likelihood `[B]` of `x [B, ...]` in bits per dimension.
 
-    The density is followed along the probability-flow ODE to the prior, Eq. (likelihood); Song et al. 2021, appendix
-    D.2. The divergence of the velocity is Hutchinson's estimate from `probes` vectors of random signs, the same at all
-    times; `probes=None` takes the trace exactly, at one derivative a dimension. The score must be differentiable. Times
-    are as in `ode_sample`, passed upwards. Raises ValueError as it does, and where `probes` is less than 1.
+    It is log2 of the density at t_min, over the dimensions. The density is followed
+    along the probability-flow ODE to the prior, Eq. (likelihood); Song et al. 2021,
+    appendix D.2. The divergence of the velocity is Hutchinson's estimate from `probes`
+    vectors of random signs, the same at all times; `probes=None` takes the trace
+    exactly, at one derivative a dimension. The score must be differentiable. Times are
+    as in `ode_sample`, passed upwards. Raises ValueError as it does, and where `probes`
+    is less than 1.
     """
-    velocity, times, n = sde.reverse(score, noise=0.0), _times(x, times, num_steps, t_min), x[0].numel()
+    velocity, n = sde.reverse(score, noise=0.0), x[0].numel()
+    times = _times(x, times, num_steps, t_min)
     vectors = _probe_vectors(x, probes, generator)
 
     def rates(state: Tensor, t: Tensor) -> Tensor:
@@ -309,21 +368,27 @@ def log_likelihood(sde: SDE, score: Score, x: Tensor, *, probes: int | None = 1,
         with torch.enable_grad():
             flat = state[:, :-1].detach().requires_grad_()
             drift = velocity(flat.reshape(x.shape), t)[0].flatten(1)
-            slopes = [torch.autograd.grad((drift * v).sum(), flat, retain_graph=True)[0] for v in vectors]
-        trace = sum((slope * v).sum(1, keepdim=True) for slope, v in zip(slopes, vectors, strict=True))
+            slopes = [torch.autograd.grad((drift * v).sum(), flat, retain_graph=True)[0]
+                      for v in vectors]
+        trace = sum((slope * v).sum(1, keepdim=True)
+                    for slope, v in zip(slopes, vectors, strict=True))
         return torch.cat([drift.detach(), trace], 1)
 
-    state = _heun(rates, torch.cat([x.detach().flatten(1), x.new_zeros(len(x), 1)], 1), times.flip(0))
+    state = torch.cat([x.detach().flatten(1), x.new_zeros(len(x), 1)], 1)
+    state = _heun(rates, state, times.flip(0))
     z, gained = state[:, :-1] / sde.prior_std, state[:, -1]
-    prior = -z.square().sum(1) / 2 - n * math.log(sde.prior_std * math.sqrt(2 * math.pi))
+    width = sde.prior_std * math.sqrt(2 * math.pi)
+    prior = -z.square().sum(1) / 2 - n * math.log(width)
     return (prior + gained) / (n * math.log(2))
 
 # %% ../nbs/01_sde.ipynb #4e7a8918
-def score_from_denoiser(sde: SDE, denoise: Callable[[Tensor, Tensor, Any], Tensor], cond: Any = None) -> Score:
-    """The score of x at t that belongs to a denoiser D of data under noise: (D(x/s; sigma) - x/s) / (s sigma²).
+def score_from_denoiser(sde: SDE, denoise: Callable[[Tensor, Tensor, Any], Tensor],
+                        cond: Any = None) -> Score:
+    """The score of a denoiser D: (D(x/s; sigma) - x/s) / (s sigma²).
 
-    Eq. (23) at x/s, by the change of variables in Eq. (20). `denoise(x, sigma, cond)` gets sigma 0-d or `[B]`, as t is,
-    and returns the shape of `x [B, ...]`. The score raises ValueError as `SDE.marginal` does.
+    Eq. (23) at x/s, by the change of variables in Eq. (20). `denoise(x, sigma, cond)`
+    gets sigma 0-d or `[B]`, as t is, and returns the shape of `x [B, ...]`. The score
+    raises ValueError as `SDE.marginal` does.
     """
     def score(x: Tensor, t: Tensor) -> Tensor:
         s, sigma = sde.schedule(_column(t, x))

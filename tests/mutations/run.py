@@ -37,9 +37,9 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     Mutation("scale", "01_sde", "Eq. (10)", "(-integral / 2).exp(), torch.expm1", "(integral / 2).exp(), torch.expm1"),
-    Mutation("reverse", "01_sde", "Eq. (7)", "drift - (1 + noise**2) / 2", "drift + (1 + noise**2) / 2"),
+    Mutation("reverse", "01_sde", "Eq. (7)", "return drift - pull", "return drift + pull"),
     Mutation("score", "01_sde", "Eq. (15)", "-predict_noise(x, t) / ", "predict_noise(x, t) / "),
-    Mutation("matching", "01_sde", "Eq. (16)", "t) + noise / std)", "t) - noise / std)"),
+    Mutation("matching", "01_sde", "Eq. (16)", "noise, t) + noise / std", "noise, t) - noise / std"),
     Mutation("decibels", "02_audio", "Eq. (decibels)", "(1 + decibels / cfg.top_db)", "(1 - decibels / cfg.top_db)"),
     Mutation("magnitude", "02_audio", "Eq. (decibels), back", "10 ** ((spec - 1)", "10 ** ((1 - spec)"),
     Mutation("phases", "02b_phases", "Eq. (phase-gradient)", "(own + along_rows", "(own - along_rows"),

@@ -16,7 +16,7 @@ from PIL import Image
 
 DENSITY = 2     # pixels of the file for one of the page
 COLOURS = 64    # magma's and the lines': the eye sees no difference, and a third of the bytes is left
-FEW, HEAVY = 16, 150_000    # so many where that would take more bytes: planes of noise, in which nobody counts colours
+FEW, HEAVY = 32, 100_000    # so many where the file would be heavier: planes of noise, in which nobody counts colours
 MARGIN = 0.05   # inches around what is drawn
 
 
@@ -55,9 +55,9 @@ def planes(figure: Figure, seen: Bbox) -> list[list[float]]:
 
 
 def packed(image: Image.Image, colours: int) -> bytes:
-    """A PNG file with a palette."""
+    """A PNG file with a palette, in which rare colours have their place: a colour bar stays whole, and text black."""
     file = io.BytesIO()
-    image.quantize(colours, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, "png", optimize=True)
     return file.getvalue()
 
 

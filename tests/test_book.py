@@ -3,6 +3,7 @@
 A check is a function that lists the faults of a page; `test_a_check_finds_its_fault` breaks a small page for each.
 """
 
+import base64
 import html
 import importlib
 import io
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urldefrag, urlsplit
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import yaml
 from PIL import Image
 
 from pianodiff.audio import SpectrogramConfig, to_spectrogram
-from pianodiff.show import player, slider
+from pianodiff.show import player, plot_spectrogram, slider
 from pianodiff.synth import example_performance
 
 if TYPE_CHECKING:
@@ -475,6 +477,27 @@ def test_at_night_all_of_a_figure_is_inverted_but_its_planes(extension, context:
     seen = Image.open(io.BytesIO(page.screenshot(clip={"x": 0, "y": 0, "width": 100, "height": 100}))).convert("L")
     assert seen.getpixel((10, 50)) < 40 and seen.getpixel((50, 50)) == 255
     page.close()
+
+
+def test_a_figure_becomes_a_light_picture_in_words(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "book")
+    picture = importlib.import_module("picture")
+    with plt.style.context("pianodiff.book"):
+        cfg, wave = SpectrogramConfig(), example_performance(2.048, seed=0)
+        axes = plot_spectrogram(to_spectrogram(wave, cfg), cfg, title="two seconds at $\\sigma_{\\max}$")
+        data, about = picture.png(axes.figure)
+        empty = picture.words(plt.figure())
+        plt.close("all")
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert about["alt"] == "two seconds at sigma max: frequency (Hz) over time (s). colours: level (dB)" and empty == ""
+    assert (about["width"], about["height"]) == (image.width // 2, image.height // 2) and 650 < about["width"] <= 760
+    assert image.mode == "P" and len(image.getcolors()) <= 64 and len(data) < 120_000
+    seen = image.convert("RGB")
+    for left, top, right, bottom in about["planes"]:     # of colour, and what is around them is white
+        inside = seen.crop([round(part * side / 100) for part, side in zip(
+            (left + 0.5, top + 1, right - 0.5, bottom - 1), seen.size * 2, strict=True)])
+        assert (255, 255, 255) not in {colour for _, colour in inside.getcolors(inside.width * inside.height)}
+    assert len(about["planes"]) == 2 and seen.getpixel((3, 3)) == (255, 255, 255)
 
 
 def test_equations_of_the_library_are_links(book: Path):

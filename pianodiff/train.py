@@ -32,6 +32,7 @@ from tqdm import tqdm
 from .data import BlockDataset, Store
 from .files import ahead, seed_of, whole_file
 from .recipe import EVAL_SIGMAS, PowerEMA, TrainConfig, adamw, draw_batch
+from .terminal import progress_bar
 from .unet import UNet
 
 # %% ../nbs/06_train.ipynb #c31bc6ec
@@ -397,9 +398,8 @@ class _Progress:
     def __init__(self, run: Path, config: TrainConfig, images: int, seconds: float,
                  main: bool) -> None:
         self.log = TrainLog(run, images) if main else None
-        self.bar = tqdm(total=config.steps * config.batch_size, initial=images,
-                        unit=" images", disable=not main,
-                        mininterval=1 if sys.stderr.isatty() else 10)
+        self.bar = progress_bar(total=config.steps * config.batch_size,
+                                initial=images, unit=" images", disable=not main)
         self.history: list[tuple[float, float]] = []
         self.since = images, seconds
 

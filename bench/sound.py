@@ -9,7 +9,8 @@ import torch
 from common import Record, append, compare, peer, seconds
 from torch import Tensor
 
-from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, griffin_lim, to_magnitude, to_spectrogram
+from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_magnitude, to_spectrogram
+from pianodiff.phases import griffin_lim
 from pianodiff.synth import example_performance
 
 CFG = SPECTROGRAMS["nano"]

@@ -46,10 +46,12 @@ def modules_of(code: str) -> set[Path]:
         if isinstance(node, ast.ImportFrom):
             name = node.module if node.level == 0 else f"pianodiff.{node.module or '__init__'}"
             names.add("pianodiff.__init__" if name == "pianodiff" else name)
+            if name == "pianodiff" and "Piano" in {alias.name for alias in node.names}:
+                names.add("pianodiff.generate")  # which it hands on
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
     found = {ROOT / f"{name.replace('.', '/')}.py" for name in names if name and name.startswith("pianodiff.")}
-    return found.union(*(modules_of(code_of(path)) for path in found))
+    return found.union(*(modules_of(code_of(path)) for path in found if path.stem != "__init__"))
 
 
 def fingerprint(chapter: Path) -> str:
@@ -77,8 +79,10 @@ def skipped(source: str) -> bool:
     return directives.get("eval") == "false" or bool(directives.keys() & set(config["DEFAULT"]["tst_flags"].split()))
 
 
-# What a kernel does before its chapter: figures become pictures for the book
-BEGIN = f"""import sys; sys.path.insert(0, {str(ROOT / "book")!r})
+# What a kernel does before its chapter: figures become pictures for the book, and no bar moves over its pages
+BEGIN = f"""import functools, tqdm.auto
+tqdm.auto.tqdm = functools.partial(tqdm.auto.tqdm, disable=True); del functools, tqdm
+import sys; sys.path.insert(0, {str(ROOT / "book")!r})
 import picture; picture.install(get_ipython()); sys.path.pop(0); del picture, sys"""
 
 

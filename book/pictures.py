@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pianodiff.audio import SPECTROGRAMS, load_audio, normalize_peak, save_audio, to_spectrogram, to_wave
+from pianodiff.audio import SPECTROGRAMS, load_audio, normalize_peak, save_audio, to_spectrogram
 from pianodiff.data import find_recordings, read_recording
+from pianodiff.phases import to_wave
 
 STATIC = Path(__file__).resolve().parent / "_static"
 CFG = SPECTROGRAMS["nano"]

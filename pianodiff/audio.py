@@ -2,19 +2,18 @@
 
 # %% auto #0
 __all__ = ['AUDIO_FORMATS', 'MP3_RATES', 'SPECTROGRAMS', 'load_audio', 'rate_of', 'Wave', 'sound_file', 'save_audio', 'to_flac',
-           'to_mp3', 'normalize_peak', 'SpectrogramConfig', 'to_spectrogram', 'to_magnitude', 'griffin_lim', 'to_wave',
-           'stream_wave']
+           'to_mp3', 'normalize_peak', 'SpectrogramConfig', 'to_spectrogram', 'to_magnitude']
 
 # %% ../nbs/02_audio.ipynb #07ac2551
 import base64
 import contextlib
+import importlib
 import io
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import soundfile
 import soxr
@@ -29,35 +28,42 @@ def _check_finite(wave: Tensor, name: str = "the wave") -> None:
         raise ValueError(f"{name} holds NaN or infinite values; repair it first")
 
 
-def load_audio(path: str | os.PathLike[str] | io.BytesIO, sample_rate: int = 8000) -> Tensor:
-    """Read any sound that soundfile reads as mono float32 `[T]` at `sample_rate` Hz (section III-B).
-
-    Channels are averaged; the rate is changed by soxr, whose low-pass removes what the new rate can't hold.
-    Raises FileNotFoundError for a missing file and ValueError for one that is no audio, empty, truncated or not finite,
-    for one whose rate is less than a hundredth of `sample_rate`, and where that is no whole number of at least 1.
-    """
-    if not (sample_rate >= 1 and sample_rate % 1 == 0):
-        raise ValueError(f"sample_rate must be a whole number of at least 1, not {sample_rate}")
+def _decoded(path: str | os.PathLike[str] | io.BytesIO, name: str) -> tuple[Tensor, int]:
+    """The samples `[T, C]` of a complete sound file, and their rate in Hz."""
     if isinstance(path, io.BytesIO):
-        name, data = "the sound", path.getvalue()
-    else:
-        name = str(path)
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{name} is not a file; give the path of a sound file")
+        data = path.getvalue()
+    elif Path(path).is_file():
         data = Path(path).read_bytes()
+    else:
+        raise FileNotFoundError(f"{name} is not a file; give the path of a sound file")
     check_complete(data, name)
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, frames = file.samplerate, file.frames
             samples = file.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{name} can't be read as sound ({error.error_string.rstrip('.')}); "
-                         "give a WAV, FLAC, OGG, MP3 or AIFF file") from error
+        reason = error.error_string.rstrip(".")
+        formats = "give a WAV, FLAC, OGG, MP3 or AIFF file"
+        raise ValueError(f"{name} can't be read as sound ({reason}); {formats}") from error
     if len(samples) < frames:
         raise ValueError(f"{name} is truncated: {len(samples):,} of {frames:,} samples; copy or record it again")
+    return torch.from_numpy(samples), rate
+
+# %% ../nbs/02_audio.ipynb #d13b7a60
+def load_audio(path: str | os.PathLike[str] | io.BytesIO, sample_rate: int = 8000) -> Tensor:
+    """Read any sound that soundfile reads as mono float32 `[T]` at `sample_rate` Hz (section III-B).
+
+    Channels are averaged. soxr changes the rate; its low-pass removes what the new rate can't hold.
+    Raises FileNotFoundError for a missing file and ValueError for one that is no audio, empty, truncated or not finite,
+    for a rate below a hundredth of `sample_rate`, and for a `sample_rate` that is no whole number of at least 1.
+    """
+    if not (sample_rate >= 1 and sample_rate % 1 == 0):
+        raise ValueError(f"sample_rate must be a whole number of at least 1, not {sample_rate}")
+    name = "the sound" if isinstance(path, io.BytesIO) else str(path)
+    samples, rate = _decoded(path, name)
     if 100 * rate < sample_rate:
         raise ValueError(f"{name} has {rate:,} samples a second, too few for {sample_rate:,}; give a better recording")
-    mono = torch.from_numpy(samples).mean(1).numpy()  # several times as fast as NumPy's along so short an axis
+    mono = samples.mean(1).numpy()  # several times as fast as NumPy's along so short an axis
     wave = torch.from_numpy(soxr.resample(mono, rate, sample_rate))
     if not len(wave):
         raise ValueError(f"{name} holds no sound (it is empty or cut off); give a longer one")
@@ -82,7 +88,7 @@ class Wave(Tensor):
 
     sample_rate: int
     seed: int | None
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain
 
     def __new__(cls, wave: Tensor, sample_rate: int = 8000, seed: int | None = None) -> "Wave":
         if wave.ndim != 1:
@@ -97,7 +103,7 @@ class Wave(Tensor):
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.clone()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         seed = "" if self.seed is None else f", seed {self.seed}"
         return f"Wave({len(self) / self.sample_rate:.3f} s at {self.sample_rate} Hz{seed})"
 
@@ -111,7 +117,7 @@ class Wave(Tensor):
 # %% ../nbs/02_audio.ipynb #5e3a91c7
 @contextlib.contextmanager
 def sound_file(path: Path, sample_rate: int) -> Iterator[Callable[[Tensor], None]]:
-    """Takes pieces of sound `[t]` for a file that appears with all of them when this ends, or not at all.
+    """A function that takes pieces of sound `[t]`; at the end the file appears with all of them, or not at all.
 
     The format is that of `path`'s ending, one of `AUDIO_FORMATS`; samples beyond ±1 are clipped.
     Raises OSError where the file can't be written.
@@ -287,228 +293,9 @@ def to_magnitude(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
     magnitude = cfg.reference * 10 ** ((spec - 1) * cfg.top_db / 20)
     return torch.nn.functional.pad(magnitude, (0, 0, 0, 1))
 
-# %% ../nbs/02_audio.ipynb #abdea757
-class _Frames:
-    """The windows over a wave `[B, (K - 1) * hop_length]`: its STFT `[B, K, n_fft//2 + 1]` and back, in place.
-
-    `wave` is what all the others are views of; around it lies half a window of zeros on each side.
-    """
-
-    def __init__(self, like: Tensor, cfg: SpectrogramConfig) -> None:
-        """For an STFT of the shape, type and device of the magnitude `like` `[B, K, n_fft//2 + 1]`."""
-        batch, count, _ = like.shape
-        self.n_fft, hop = cfg.n_fft, cfg.hop_length
-        self.window = torch.hann_window(self.n_fft, dtype=like.dtype, device=like.device)
-        self.padded = like.new_zeros(batch, self.n_fft + (count - 1) * hop)
-        inside = slice(self.n_fft // 2, self.n_fft // 2 + (count - 1) * hop)
-        self.wave, self.windows = self.padded[:, inside], self.padded.unfold(-1, self.n_fft, hop)
-        self.frames = like.new_empty(self.windows.shape)
-        parts = [slice(at, min(at + hop, self.n_fft)) for at in range(0, self.n_fft, hop)]  # disjoint in the wave
-        self.overlap = [(self.padded[:, p.start :].unfold(-1, p.stop - p.start, hop)[:, :count], p) for p in parts]
-        for place, part in self.overlap:
-            place += self.window[part].square()
-        self.scale = torch.zeros_like(self.padded[0])
-        self.scale[inside] = 1 / self.wave[0]
-        self.padded.zero_()
-
-    def stft(self, out: Tensor) -> None:
-        """Eq. (stft-discrete) of `wave`, as it stands."""
-        torch.mul(self.windows, self.window, out=self.frames)
-        torch.fft.rfft(self.frames, out=out)
-
-    def istft(self, stft: Tensor) -> None:
-        """Eq. (istft), into `wave`."""
-        torch.fft.irfft(stft, n=self.n_fft, out=self.frames)
-        self.padded.zero_()
-        for place, part in self.overlap:
-            place.addcmul_(self.frames[..., part], self.window[part])
-        self.padded *= self.scale
-
-# %% ../nbs/02_audio.ipynb #cbc43c7b
-def _floor(cfg: SpectrogramConfig) -> float:
-    """The magnitude that `top_db` below the reference is: that of all that is as quiet or quieter."""
-    return cfg.reference * 10 ** (-cfg.top_db / 20)
-
-
-def _widest_paths(level: Tensor, before: Tensor) -> Tensor:
-    """The row in which the way to each bin `[B, K, rows]` starts, by Eq. (widest-path): one sweep up and one down.
-
-    `level` is the logarithm of the frames' magnitudes and `before` that of the frames before them.
-    """
-    rows = level.shape[-1]
-    levels, best = (x.permute(2, 0, 1).flatten(1).contiguous().unbind() for x in (level, before))
-    source = torch.arange(rows, device=level.device)[:, None].repeat(1, levels[0].numel())
-    for order in (range(rows), range(rows - 1, -1, -1)):
-        for i, j in zip(order, order[1:], strict=False):
-            way = torch.minimum(best[i], levels[i])
-            torch.where(way > best[j], source[i], source[j], out=source[j])
-            torch.maximum(way, best[j], out=best[j])
-    return source.unflatten(1, (len(level), -1)).permute(1, 2, 0)
-
-
-def _gradient_phases(target: Tensor, cfg: SpectrogramConfig, seen: Tensor) -> Tensor:
-    """Phases `[B, K, rows]` for a magnitude `[B, K, rows]` whose first M frames have the phases `seen` `[B, M, rows]`.
-
-    Real-time phase-gradient heap integration (Prusa and Sondergaard 2016) of Eq. (phase-gradient), without the heap:
-    each bin follows that bin of the frame before from which Eq. (widest-path) leads to it. Phases are `_stft`'s,
-    counted from the window's start.
-    """
-    rows, hop, step = target.shape[-1], cfg.hop_length, 2 * math.pi / cfg.n_fft  # radians a sample from row to row
-    spread, known = 0.25645 * cfg.n_fft**2 / (2 * math.pi), seen.shape[1]  # the Gaussian nearest to Hann's window
-    level = target.clamp(min=_floor(cfg)).log()
-    along_time, along_rows = torch.gradient(level, dim=(1, 2))
-    own = step * torch.arange(rows, dtype=target.dtype, device=target.device)
-    advance = hop * (own + along_rows / (spread * step))
-    rise = -math.pi - spread * step / hop * along_time
-    climb = rise.cumsum(-1) - (rise + rise[..., :1]) / 2  # from row 0, by the trapezoidal rule
-    advance[:, 1:] = (advance[:, 1:] + advance[:, :-1]) / 2
-    before = torch.cat([level[:, :1], level[:, :-1]], dim=1)
-
-    source = _widest_paths(level[:, known:], before[:, known:])
-    phases = (advance - climb)[:, known:].gather(-1, source) + climb[:, known:]
-
-    last = seen[:, -1] if known else torch.zeros_like(target[:, 0])
-    for phase, origin in zip(phases.unbind(1), source.unbind(1), strict=True):
-        last = phase.add_(last.gather(-1, origin)).remainder_(2 * math.pi)
-    return torch.cat([seen, phases], dim=1)
-
-# %% ../nbs/02_audio.ipynb #3e19cece
-def _start(target: Tensor, cfg: SpectrogramConfig, frames: _Frames, past: Tensor, init: str,
-           generator: torch.Generator | None) -> Tensor:
-    """The spectrogram `[B, K, rows]` to start from: `target`, with phases of its slopes or drawn ones."""
-    batch, count, rows = target.shape
-    device = generator.device if generator else None
-    draw = torch.rand(batch, rows, count, generator=generator, dtype=target.dtype, device=device)
-    phases = 2 * math.pi * draw.to(target.device).mT
-    stft = torch.empty(target.shape, dtype=target.dtype.to_complex(), device=target.device)
-    if init == "gradient":
-        frames.wave[:, : past.shape[-1]].copy_(past)
-        frames.stft(stft)
-        whole = max(0, 1 + (past.shape[-1] - cfg.n_fft // 2) // cfg.hop_length)  # windows within the known samples
-        found = _gradient_phases(target, cfg, stft[:, :whole].angle())
-        phases = torch.where(target > 1.001 * _floor(cfg), found, phases)
-    return torch.polar(target, phases, out=stft)
-
-
-def _scale_to(target: Tensor, stft: Tensor, power: Tensor, squares: Tensor) -> None:
-    """Give `stft` the magnitude `target`: the first of Eq. (projections), in place; the others are scratch."""
-    parts = torch.view_as_real(stft).flatten(-2)  # real, imaginary, real, ...
-    torch.mul(parts, parts, out=squares)
-    torch.add(squares[..., ::2], squares[..., 1::2], out=power)
-    stft *= power.add_(torch.finfo(power.dtype).tiny).rsqrt_().mul_(target)
-
-# %% ../nbs/02_audio.ipynb #78583328
-def _mend_join(frames: _Frames, past: Tensor) -> None:
-    """Put the known samples `past` `[B, P]` into the wave, and fade out beyond them what it missed them by."""
-    begin, half = frames.wave[:, : past.shape[-1]], frames.n_fft // 2
-    error = (past - begin)[:, -half:].flip(-1)  # mirrored at the join, which thus has no step
-    error *= torch.hann_window(2 * error.shape[-1], dtype=past.dtype, device=past.device)[error.shape[-1] :]
-    after = frames.wave[:, past.shape[-1] :][:, : error.shape[-1]]
-    after += error[:, : after.shape[-1]]
-    begin.copy_(past)
-
-
-@torch.no_grad()
-def griffin_lim(
-    magnitude: Tensor,
-    cfg: SpectrogramConfig,
-    *,
-    n_iter: int = 32,
-    momentum: float = 0.99,
-    init: Literal["gradient", "random"] = "gradient",
-    generator: torch.Generator | None = None,
-    known: Tensor | None = None,
-) -> Tensor:
-    """Wave `[..., (frames - 1) * hop_length]` whose STFT has about this magnitude `[..., n_bins + 1, frames]`.
-
-    Fast Griffin-Lim (Perraudin et al. 2013; Eq. (fast-griffin-lim)), which with `momentum=0` is the original algorithm
-    (Griffin and Lim 1984), in place. It starts from the phases that the magnitude's slopes give (Eq. (phase-gradient));
-    `generator` fixes those that are drawn: where the magnitude is at the floor, or all of them with `init="random"`.
-    `n_iter` iterations follow; 0 leaves the start as it is. Batched, on the magnitude's device. The magnitude must be
-    finite, which is not checked. The first P samples may be `known` `[..., P]`: they come back as they are, and
-    the others in phase with them. Raises ValueError for another number of rows, fewer than two frames, another `init`,
-    and `known` samples of another batch or more than the wave has.
-    """
-    rows, count = magnitude.shape[-2:]
-    if rows != cfg.n_bins + 1 or count < 2:
-        raise ValueError(f"a magnitude [..., {cfg.n_bins + 1}, at least 2] is needed, not {list(magnitude.shape)}")
-    if init not in ("gradient", "random"):
-        raise ValueError(f"init must be 'gradient' or 'random', not {init!r}")
-    shape = *magnitude.shape[:-2], (count - 1) * cfg.hop_length
-    past = magnitude.new_empty(*shape[:-1], 0) if known is None else known.to(magnitude)
-    if past.shape[:-1] != shape[:-1] or past.shape[-1] > shape[-1]:
-        raise ValueError(f"known samples must be {list(shape[:-1])} by at most {shape[-1]}, not {list(past.shape)}")
-    target = magnitude.reshape(-1, rows, count).mT.contiguous()
-    past = past.reshape(len(target), past.shape[-1])
-    frames = _Frames(target, cfg)
-    begin = frames.wave[:, : past.shape[-1]]
-    consistent = _start(target, cfg, frames, past, init, generator)
-    estimate = torch.zeros_like(consistent)
-    frames.istft(consistent)
-    scratch = torch.empty_like(target), target.new_empty(*target.shape[:-1], 2 * rows)
-    for _ in range(n_iter):
-        begin.copy_(past)
-        frames.stft(consistent)
-        torch.sub(consistent, estimate, alpha=momentum / (1 + momentum), out=estimate)  # it held the last `consistent`
-        _scale_to(target, estimate, *scratch)
-        frames.istft(estimate)
-        estimate, consistent = consistent, estimate
-    _mend_join(frames, past)
-    return frames.wave.reshape(shape)
-
-# %% ../nbs/02_audio.ipynb #366842b3
-def to_wave(
-    spec: Tensor,
-    cfg: SpectrogramConfig,
-    *,
-    n_iter: int = 32,
-    init: Literal["gradient", "random"] = "gradient",
-    generator: torch.Generator | None = None,
-    known: Tensor | None = None,
-) -> Tensor:
-    """Sound `[..., frames * hop_length]` of a spectrogram `[..., n_bins, frames]` in [0, 1] (section III-E).
-
-    The last frame is repeated for half a window, so that every sample lies under as many windows as any other, and what
-    is added is cut off again. The keywords are `griffin_lim`'s.
-    Raises ValueError for another number of rows, no frames, or values that are not finite.
-    """
-    frames, extra = spec.shape[-1], math.ceil(cfg.n_fft / (2 * cfg.hop_length))
-    target = to_magnitude(torch.cat([spec, *[spec[..., -1:]] * extra], dim=-1), cfg)
-    wave = griffin_lim(target, cfg, n_iter=n_iter, init=init, generator=generator, known=known)
-    return wave[..., : frames * cfg.hop_length]
-
-# %% ../nbs/02_audio.ipynb #563b9a04
-def stream_wave(
-    specs: Iterable[Tensor],
-    cfg: SpectrogramConfig,
-    *,
-    n_iter: int = 32,
-    generator: torch.Generator | None = None,
-    known: Tensor | None = None,
-) -> Iterator[Tensor]:
-    """Sound `[..., t]` of a spectrogram that comes in pieces `[..., n_bins, any number of frames]`, while it comes.
-
-    Joined, the sounds are as long as `to_wave`'s of the joined pieces, and for pieces of half a second or more about as
-    good. After each piece all is handed out but the last four windows (`4 * n_fft` samples, up to whole hops), which
-    wait for the next piece or the end: this is the latency. Of what was handed out two windows are kept, so memory
-    depends on the largest piece alone.
-    With `known` samples `[..., P]`, a whole number of hops, the pieces begin with their frames; the new sound alone is
-    handed out, in phase with them (Eq. (known)). Raises what `to_wave` does, and ValueError for a part of a hop.
-    """
-    hop = cfg.hop_length
-    window = math.ceil(cfg.n_fft / hop) * hop
-    spec = rest = None
-    for piece in specs:
-        if spec is None:
-            spec, past = piece[..., :0], piece[..., 0, :0] if known is None else known
-            if past.shape[-1] % hop:
-                raise ValueError(f"{past.shape[-1]} known samples are no whole number of hops ({hop}); cut their start")
-        spec = torch.cat([spec, piece], dim=-1)
-        new = to_wave(spec, cfg, n_iter=n_iter, generator=generator, known=past)[..., past.shape[-1] :]
-        settled = max(new.shape[-1] - 4 * window, 0)
-        past, rest = torch.cat([past, new[..., :settled]], dim=-1)[..., -2 * window :], new[..., settled:]
-        spec = spec[..., spec.shape[-1] - (past.shape[-1] + rest.shape[-1]) // hop :]
-        if settled:
-            yield new[..., :settled]
-    if rest is not None and rest.shape[-1]:
-        yield rest
+# %% ../nbs/02_audio.ipynb #49e86d2b
+def __getattr__(name: str) -> Any:
+    """What has moved to `pianodiff.phases`, which imports this module (PEP 562)."""
+    if name in ("griffin_lim", "to_wave", "stream_wave"):
+        return getattr(importlib.import_module("pianodiff.phases"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 # %% ../nbs/16_files.ipynb #58f2e6b1
 def _checksum(tensors: dict[str, Tensor]) -> str:
     """The CRCs of the tensors' bytes, in the order of their names."""
-    data = (tensors[name].flatten().view(torch.uint8).numpy() for name in sorted(tensors))
+    data = (tensors[name].flatten().view(torch.uint8).numpy().data for name in sorted(tensors))
     return "-".join(str(zlib.crc32(values)) for values in data)
 
 
@@ -130,7 +130,7 @@ def cached(path: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str
 # %% ../nbs/16_files.ipynb #f6e07b39
 def _chunk_ends(data: bytes) -> Iterator[int]:
     """Where the chunks of a WAV or AIFF file should end: the whole file's, then each up to that of the samples."""
-    order = "little" if data[:4] == b"RIFF" else "big"
+    order: Literal["little", "big"] = "little" if data[:4] == b"RIFF" else "big"
     start = 0
     while start + 8 <= len(data):
         end = start + 8 + int.from_bytes(data[start + 4 : start + 8], order)

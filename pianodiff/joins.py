@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from .audio import SpectrogramConfig, to_magnitude, to_spectrogram, to_wave
+from .audio import SpectrogramConfig, to_magnitude, to_spectrogram
 from .files import in_order
 from .music import by_class, concatenated, note_salience
+from .phases import to_wave
 from .pieces import Comparison, Piece, Pieces, Section, in_style, invert, new_axes
 
 # %% ../nbs/09e_joins.ipynb #2d9c3309

@@ -25,10 +25,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from .audio import SpectrogramConfig, to_wave
+from .audio import SpectrogramConfig
 from .data import Store, open_store
 from .distance import LogMel
 from .files import ahead, cached, single_threaded
+from .phases import to_wave
 from .pieces import Comparison, Pieces, Section, in_style, new_axes
 
 # %% ../nbs/09c_novelty.ipynb #f6d906ac

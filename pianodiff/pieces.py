@@ -28,11 +28,12 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 from tqdm import tqdm
 
-from .audio import SpectrogramConfig, normalize_peak, to_spectrogram, to_wave
+from .audio import SpectrogramConfig, normalize_peak, to_spectrogram
 from .data import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, read_recording
 from .files import cached, in_order
 from .generate import Piano, Sampling
 from .model import find_model
+from .phases import to_wave
 
 # %% ../nbs/09d_pieces.ipynb #daa95370
 class Piece(NamedTuple):

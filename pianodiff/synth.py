@@ -62,7 +62,8 @@ def _tone(pitch: int, velocity: float, held: float, sample_rate: int = 8000) -> 
     Partials are at `n f_0 sqrt(1 + B n^2)` (Eq. (inharmonicity)), with B in the form of Rigaud et al. 2013;
     velocity is in (0, 1].
     """
-    f0, B = 440 * 2 ** ((pitch - 69) / 12), math.exp(0.0926 * pitch - 13.64) + math.exp(-0.0847 * pitch - 5.82)
+    f0 = 440 * 2 ** ((pitch - 69) / 12)
+    B = math.exp(0.0926 * pitch - 13.64) + math.exp(-0.0847 * pitch - 5.82)
     n = torch.arange(1, int(3900 / f0) + 1, dtype=torch.float64)
     f = n * f0 * (1 + B * n**2).sqrt()
     amplitude = velocity**1.5 * (torch.pi * n / 7.3).sin() * (-f / (300 + 1500 * velocity)).exp() * (f < 3900)
@@ -70,7 +71,8 @@ def _tone(pitch: int, velocity: float, held: float, sample_rate: int = 8000) -> 
     poles = torch.cat([-5 * rate, -rate]) + 2j * torch.pi * torch.cat([f, f])
     weights = torch.cat([0.75 * amplitude, 0.25 * amplitude])[:, None]
     t = torch.arange(round((held + 0.25) * sample_rate), dtype=torch.float64) / sample_rate
-    coarse, fine = (poles[:, None] * t[::256]).exp(), (poles[:, None] * torch.arange(256) / sample_rate).exp()
+    coarse = (poles[:, None] * t[::256]).exp()
+    fine = (poles[:, None] * torch.arange(256) / sample_rate).exp()
     wave = ((weights * coarse).T @ fine).imag.flatten()[: len(t)]
     return (wave * (t * 250).clamp(max=1) * (-(t - held).clamp(min=0) / 0.027).exp()).float()
 
@@ -84,10 +86,15 @@ def example_performance(seconds: float, seed: int = 0) -> Tensor:
     """
     if not 1 / 8000 <= seconds <= 3600:
         raise ValueError(f"seconds is {seconds}: give a length between 1/8000 and 3600 seconds")
-    rng, total = np.random.default_rng(seed), round(seconds * 8000)
+    total = round(seconds * 8000)
+    rng = np.random.default_rng(seed)
     unit, units, pedal, bars = _PIECES[rng.integers(len(_PIECES))]
-    bar, key, unit, phase = rng.integers(len(bars)), rng.integers(-4, 6), unit * rng.uniform(0.85, 1.15), rng.uniform()
-    wave, now = torch.zeros(total), 0.0
+    bar = rng.integers(len(bars))
+    key = rng.integers(-4, 6)
+    unit *= rng.uniform(0.85, 1.15)
+    phase = rng.uniform()
+    wave = torch.zeros(total)
+    now = 0.0
     while now < seconds:
         swell = math.cos(2 * math.pi * (bar / 4 + phase))  # a phrase of four bars hurries and grows, then relaxes
         beat = unit * (1 - 0.05 * swell + 0.02 * rng.uniform(-1, 1))
@@ -96,5 +103,6 @@ def example_performance(seconds: float, seed: int = 0) -> Tensor:
             if (at := round((now + onset * beat) * 8000)) < total:
                 tone = _tone(int(pitch + key), velocity, (release - onset) * beat)[: total - at]
                 wave[at : at + len(tone)] += tone
-        now, bar = now + units * beat, bar + 1
+        now += units * beat
+        bar += 1
     return 0.9 * wave / wave.abs().max().clamp(min=1e-9)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")      # pictures are drawn, not shown
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test asks a network
@@ -43,6 +44,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not any(item.iter_markers("apart")):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: item.path.stem != "test_book")    # the longest first, so that no worker ends with it
+
+
+@pytest.fixture(scope="session")
+def struck_notes() -> torch.Tensor:
+    """Two blocks of struck notes with harmonics, a second of quiet among them; float64, peak 0.9."""
+    wave = torch.zeros(2 * 16_384, dtype=torch.float64)
+    for k, pitch in enumerate([48, 55, 64, 72, 60, 67, 76, 50, 57, 65, 74, 62]):
+        at = 500 + 2600 * k
+        t = torch.arange(len(wave) - at) / 8000
+        for n in range(1, 9):
+            wave[at:] += torch.exp(-t * (1 + n)) / n * torch.sin(2 * torch.pi * n * 440 * 2 ** ((pitch - 69) / 12) * t)
+    wave[12_000:20_000] *= 0.01
+    return 0.9 * wave / wave.abs().max()
 
 
 def resolve(name: str) -> object:

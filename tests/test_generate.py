@@ -2,21 +2,26 @@
 
 import base64
 import gc
+import inspect
 import io
 import json
 import math
 import re
-from dataclasses import asdict, replace
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, SAMPLER, generate
-from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, load_audio, save_audio, to_spectrogram
+import pianodiff
+from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, generate
+from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, Wave, load_audio, save_audio, to_spectrogram
 from pianodiff.cli import main
 from pianodiff.edm import karras_sigmas
-from pianodiff.generate import SAMPLERS, Piano, Progress
+from pianodiff.generate import SAMPLERS, Piano, Progress, Sampling
 from pianodiff.sampler import heun_sample
 from pianodiff.synth import example_performance
 from pianodiff.unet import Past, UNet, UNetConfig
@@ -98,7 +103,7 @@ def test_a_longer_piece_begins_with_the_shorter(piano, prompt):
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
-def test_pieces_made_side_by_side_are_those_made_one_by_one(piano, sampler):
+def test_pieces_made_side_by_side_are_those_made_one_by_one(piano, prompt, sampler):
     how = {"sampler": sampler, "num_steps": 4, "guidance": 3.0}
     steps = []
     together = piano.spectrograms(0.3, [3, 5, 8], **how, callback=steps.append)
@@ -106,6 +111,12 @@ def test_pieces_made_side_by_side_are_those_made_one_by_one(piano, sampler):
     for seed, made in zip((3, 5, 8), together, strict=True):
         torch.testing.assert_close(made, piano.spectrogram(0.3, seed=seed, **how), atol=1e-4, rtol=0)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
+    waves = piano.waves(0.3, [3, 5], prompt=prompt, **how)
+    assert [(wave.seed, len(wave)) for wave in waves] == [(3, 2400), (5, 2400)]
+    for wave in waves:
+        alone = piano.generate(0.3, seed=wave.seed, prompt=prompt, **how)
+        assert (wave - alone).norm() < 0.02 * alone.norm()  # phase retrieval enlarges what rounding changes
+    assert not torch.allclose(*waves, atol=1e-2)
     with pytest.raises(ValueError, match="seed must be a whole number from 0, not -1"):
         piano.spectrograms(0.3, [3, -1], **how)
 
@@ -147,7 +158,7 @@ def test_guidance(piano, prompt, guidance, monkeypatch):
     made = piano.spectrogram(CFG.block_seconds, seed=2, prompt=prompt, sampler="euler", num_steps=1, guidance=guidance,
                              guidance_interval=(0, math.inf))
     assert batches == [1 if guidance == 1 else 2]  # one evaluation a step
-    prev = generate._start(CFG, 2, prompt, piano.device).prev
+    prev = generate.continue_from(prompt, CFG, piano.device).prev
     latents = torch.randn(1, 1, 32, 32, generator=generate.generator(2, 0, 0))
     x, cond = 80 * latents.double(), (prev - 0.4)[None, None] / 0.4
     null, conditional = plain(x, torch.tensor(80.0)), plain(x, torch.tensor(80.0), cond)
@@ -235,7 +246,7 @@ def test_prompt_frames_end_where_the_prompt_ends(piano):
     hop = CFG.hop_length
     for end in (8000, 8000 - 5):  # a whole number of hops, and not
         prompt = whole[:end]
-        start = generate._start(CFG, 0, prompt, piano.device)
+        start = generate.continue_from(prompt, CFG, piano.device)
         truth = to_spectrogram(whole[end % hop :] / prompt.abs().max(), CFG)[:, : end // hop]  # they see a future
         assert start.prev.shape == (CFG.n_bins, CFG.n_frames)
         torch.testing.assert_close(start.prev[:, :-1], truth[:, -CFG.n_frames : -1], atol=1e-4, rtol=0)
@@ -276,7 +287,7 @@ def test_a_stream_is_as_good_as_a_single_inversion(monkeypatch):
     music = example_performance(6 * cfg.block_seconds, seed=0)
     prompt, known = music[: cfg.block_samples] / 2, music[: cfg.block_samples].abs().max()
     spec = to_spectrogram(music / known, cfg)[:, cfg.n_frames :]  # in place of a good model's
-    monkeypatch.setattr(piano, "_blocks", lambda *how: iter(spec[None].split(cfg.n_frames, dim=2)))
+    monkeypatch.setattr(generate, "blocks", lambda *how: iter(spec[None].split(cfg.n_frames, dim=2)))
     for start in (None, prompt):
         target, quality = ruler(music[cfg.block_samples :] * (0.5 if start is not None else 1 / known))[:, :-10], []
         for wave in (piano.generate(10, seed=0, prompt=start), torch.cat(list(piano.stream(10, seed=0, prompt=start)))):
@@ -324,6 +335,119 @@ def test_bad_input_is_told_at_once(piano, settings, message):
             call(1, **settings)
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"seconds": "6"}, "seconds must be a number, not str"),
+    ({"seconds": None}, "seconds must be a number, not NoneType"),
+    ({"seed": "7"}, "seed must be a number, not str"),
+    ({"seed": [1, 2]}, "seed must be one number; several are for `waves` and `spectrograms`"),
+    ({"num_steps": "15"}, "num_steps must be a number, not str"),
+    ({"guidance": None}, "guidance must be a number, not NoneType"),
+    ({"guidance_interval": 2.0}, r"guidance_interval must be two noise levels \(low, high\)"),
+    ({"guidance_interval": ("0", "1")}, "a level of guidance_interval must be a number, not str"),
+    ({"prompt": 7}, r"the prompt must be a wave \[T\] or the path of a sound file, not int"),
+    ({"steps": 20}, "takes no 'steps'; did you mean num_steps\\?"),
+    ({"zzz": 20}, "takes no 'zzz'$"),
+])
+def test_another_type_gets_one_line(piano, settings, message):
+    for call in (piano.generate, piano.spectrogram, piano.stream):
+        if call == piano.stream and settings == {"seconds": None}:
+            continue  # a stream without end
+        with pytest.raises(TypeError, match=message) as caught:
+            call(**{"seconds": 1, **settings})
+        assert "\n" not in str(caught.value)
+
+
+def test_all_settings_are_seen_in_the_signature(piano):
+    for call in (piano.generate, piano.stream, piano.spectrogram, piano.spectrograms, piano.waves):
+        shown = inspect.signature(call).parameters
+        assert {**asdict(Sampling())}.items() <= {name: value.default for name, value in shown.items()}.items()
+        assert {"prompt", "callback"} <= shown.keys()
+
+
+def test_a_sampling_is_checked_when_it_is_made():
+    assert asdict(Sampling()) == {"sampler": SAMPLER, "num_steps": NUM_STEPS, "guidance": GUIDANCE,
+                                  "guidance_interval": GUIDANCE_INTERVAL}
+    with pytest.raises(ValueError, match="num_steps must be a whole number"):
+        replace(Sampling(), num_steps=0)
+    with pytest.raises(FrozenInstanceError):
+        Sampling().num_steps = 20
+
+
+def test_what_is_made_knows_its_seed(piano):
+    drawn = piano.generate(0.1, **FEW)
+    assert type(drawn) is Wave and drawn.sample_rate == CFG.sample_rate
+    assert torch.equal(drawn, piano.generate(0.1, seed=drawn.seed, **FEW))
+    pieces = list(piano.stream(0.2, **FEW))
+    assert len({piece.seed for piece in pieces}) == 1 and {type(piece) for piece in pieces} == {Wave}
+    assert torch.equal(torch.cat(pieces), torch.cat(list(piano.stream(0.2, seed=pieces[0].seed, **FEW))))
+    assert len({wave.seed for wave in piano.waves(0.1, [None, None, 3], **FEW)} - {3}) == 2
+    with pytest.raises(ValueError, match="no seeds; give at least one"):
+        piano.waves(0.1, [], **FEW)
+
+
+def test_a_prompt_may_be_an_array_or_a_file(piano, prompt, tmp_path):
+    save_audio(tmp_path / "prompt.flac", prompt)
+    heard = load_audio(tmp_path / "prompt.flac")
+    wanted = piano.generate(0.1, seed=1, prompt=heard, **FEW)
+    for same in (tmp_path / "prompt.flac", str(tmp_path / "prompt.flac"), heard.numpy(), heard.double().numpy(),
+                 Wave(heard, CFG.sample_rate)):
+        assert torch.equal(piano.generate(0.1, seed=1, prompt=same, **FEW), wanted)
+    with pytest.raises(FileNotFoundError, match="is not a file; give the path of a sound file"):
+        piano.generate(0.1, prompt="nowhere.wav", **FEW)
+    with pytest.raises(ValueError, match="the prompt has 16000 Hz, the model 8000; save it, and give its path"):
+        piano.generate(0.1, prompt=Wave(prompt.clone(), 16_000), **FEW)
+
+
+def test_a_piano_is_opened_by_name(piano, tmp_path):
+    piano.save_pretrained(tmp_path / "tiny")
+    opened = pianodiff.Piano(tmp_path / "tiny", device="cpu")
+    assert opened.config == Piano.from_pretrained(tmp_path / "tiny").config
+    count = sum(parameter.numel() for parameter in piano.net.parameters())
+    assert repr(opened) == (f"Piano('tiny': {count / 1e6:.3g} million parameters, blocks of 0.064 s at 8000 Hz, "
+                            "on cpu)")
+    for wrong in ((piano.net,), ("nano", "cpu"), (3,)):
+        with pytest.raises(TypeError, match="give a model's name, as in Piano\\('nano', device='cpu'\\), or a network"):
+            Piano(*wrong)
+
+
+def test_the_package_hands_out_a_piano_and_loads_torch_no_sooner():
+    done = """import sys, pianodiff
+assert "torch" not in sys.modules and not hasattr(pianodiff, "Pianoo")
+from pianodiff import Piano
+assert Piano is sys.modules["pianodiff.generate"].Piano and "torch" in sys.modules"""
+    subprocess.run([sys.executable, "-c", done], check=True)
+
+
+def test_a_notebook_shows_a_bar_for_what_takes_long(piano, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, **how):
+            self.how, self.steps = how, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.closed = True
+
+        def update(self):
+            self.steps += 1
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    piano.generate(2 * CFG.block_seconds, seed=0, **FEW)
+    assert not bars
+    shell = SimpleNamespace(kernel=None)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    piano.generate(2 * CFG.block_seconds, seed=0, **FEW)
+    [bar] = bars
+    assert bar.how["total"] == bar.steps == 4 and bar.how["delay"] == 1 and bar.closed
+    seen = []
+    piano.generate(2 * CFG.block_seconds, seed=0, callback=seen.append, **FEW)  # whoever watches needs no bar
+    assert len(seen) == 4 and len(bars) == 1
+
+
 @pytest.mark.parametrize("device", ["toaster", "cuda:99"])
 def test_a_device_that_is_not_here(piano, device):
     with pytest.raises(ValueError, match=f"the device '{device}' can't be used .*; 'cpu' always can") as caught:
@@ -334,7 +458,7 @@ def test_a_device_that_is_not_here(piano, device):
 def test_memory_of_a_stream_does_not_grow(piano):
     def held() -> int:
         gc.collect()
-        return sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor)
+        return sum(x.untyped_storage().nbytes() for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
 
     stream = piano.stream(seed=0, num_steps=1, sampler="euler")
     for _ in range(3):

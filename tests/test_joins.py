@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pianodiff.audio import SpectrogramConfig, to_spectrogram, to_wave
+from pianodiff.audio import SpectrogramConfig, to_spectrogram
 from pianodiff.joins import (
     JOIN_MEASURES,
     excess,
@@ -17,6 +17,7 @@ from pianodiff.joins import (
     seams,
 )
 from pianodiff.music import drift, trend
+from pianodiff.phases import to_wave
 from pianodiff.pieces import Piece, Pieces, read_pieces, retrieved
 from pianodiff.synth import example_performance
 

@@ -8,7 +8,7 @@ from scipy.stats import t as student
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_spectrogram, to_wave
+from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_spectrogram
 from pianodiff.music import (
     STATISTICS,
     course,
@@ -22,6 +22,7 @@ from pianodiff.music import (
     statistic_distance,
     trend,
 )
+from pianodiff.phases import to_wave
 from pianodiff.pieces import Pieces, read_pieces
 from pianodiff.synth import example_performance
 

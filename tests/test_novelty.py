@@ -12,7 +12,7 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pianodiff.audio import SpectrogramConfig, save_audio, to_spectrogram, to_wave
+from pianodiff.audio import SpectrogramConfig, save_audio, to_spectrogram
 from pianodiff.data import open_store, prepare
 from pianodiff.distance import LogMel
 from pianodiff.novelty import (
@@ -26,6 +26,7 @@ from pianodiff.novelty import (
     novelty_ratio,
     semitone_bands,
 )
+from pianodiff.phases import to_wave
 from pianodiff.pieces import Piece, Pieces, read_pieces
 
 CFG = SpectrogramConfig(n_fft=256, hop_length=64, n_frames=64)    # a block is 4096 samples, half a second

@@ -42,7 +42,7 @@ MUTATIONS = [
     Mutation("matching", "01_sde", "Eq. (16)", "t) + noise / std)", "t) - noise / std)"),
     Mutation("decibels", "02_audio", "Eq. (decibels)", "(1 + decibels / cfg.top_db)", "(1 - decibels / cfg.top_db)"),
     Mutation("magnitude", "02_audio", "Eq. (decibels), back", "10 ** ((spec - 1)", "10 ** ((1 - spec)"),
-    Mutation("phases", "02_audio", "Eq. (phase-gradient)", "(own + along_rows", "(own - along_rows"),
+    Mutation("phases", "02b_phases", "Eq. (phase-gradient)", "(own + along_rows", "(own - along_rows"),
     Mutation("attention", "04_unet", "Eq. (attention)", "(x + self.out(h))", "(x - self.out(h))"),
     Mutation("adagn", "04_unet", "AdaGN", "self.norm1(h), scale + 1)", "self.norm1(h), scale - 1)"),
     Mutation("schedule", "05_edm", "Eq. (27)", "** (1 / rho) - sigma_max", "** (1 / rho) + sigma_max"),

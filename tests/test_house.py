@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -199,6 +200,57 @@ def test_a_cell_can_be_taken_in_at_a_glance(chapter: Path):
         assert "#| export" in source or len(lines) <= 10, source
     if "matplotlib.pyplot" in "".join(code):
         assert 'plt.style.use("pianodiff.book")' in "\n".join(code)
+
+
+def lines_of_code(source: str) -> int:
+    """Of an exported cell: without docstrings, imports, comments, blank lines, and the lists of fields of classes."""
+    left = {number for number, line in enumerate(source.splitlines(), 1) if line.strip() and line.strip()[0] != "#"}
+    for node in ast.walk(ast.parse(source)):
+        body = node.body if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) else []
+        text = [item for item in body[:1] if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant)]
+        fields = [item for item in body if isinstance(item, ast.AnnAssign) and isinstance(node, ast.ClassDef)]
+        imports = [node] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        for item in text + fields + imports:
+            left -= set(range(item.lineno, (item.end_lineno or item.lineno) + 1))
+    return len(left)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_what_is_exported_comes_in_pieces(chapter: Path):
+    for cell in nbformat.read(chapter, as_version=4).cells:
+        if cell.cell_type == "code" and "#| export" in cell.source:
+            assert lines_of_code(cell.source) <= 40, f"{lines_of_code(cell.source)} lines\n{cell.source}"
+
+
+def test_lines_of_code_leave_out_what_is_no_code():
+    source = '''#| export
+import math
+
+
+class Point:
+    """Two numbers.
+
+    More.
+    """
+
+    x: float  # the first
+    y: float = 0.0
+
+    def size(self) -> float:
+        """Its distance from 0."""
+        # Pythagoras
+        return math.hypot(self.x,
+                          self.y)
+'''
+    assert lines_of_code(source) == 4
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_a_heading_is_followed_by_words(chapter: Path):
+    cells = nbformat.read(chapter, as_version=4).cells
+    bare = [cell.source for cell, after in pairwise(cells) if cell.cell_type == "markdown"
+            and after.cell_type == "code" and re.match(r"#+ ", cell.source.strip().splitlines()[-1])]
+    assert bare == []
 
 
 def test_every_exercise_has_its_solution():

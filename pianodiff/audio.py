@@ -28,7 +28,9 @@ def _check_finite(wave: Tensor, name: str = "the wave") -> None:
         raise ValueError(f"{name} holds NaN or infinite values; repair it first")
 
 
-def _decoded(path: str | os.PathLike[str] | io.BytesIO, name: str) -> tuple[Tensor, int]:
+def _decoded(
+    path: str | os.PathLike[str] | io.BytesIO, name: str
+) -> tuple[Tensor, int]:
     """The samples `[T, C]` of a complete sound file, and their rate in Hz."""
     if isinstance(path, io.BytesIO):
         data = path.getvalue()
@@ -44,34 +46,57 @@ def _decoded(path: str | os.PathLike[str] | io.BytesIO, name: str) -> tuple[Tens
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".")
         formats = "give a WAV, FLAC, OGG, MP3 or AIFF file"
-        raise ValueError(f"{name} can't be read as sound ({reason}); {formats}") from error
+        raise ValueError(
+            f"{name} can't be read as sound ({reason}); {formats}"
+        ) from error
     if len(samples) < frames:
-        raise ValueError(f"{name} is truncated: {len(samples):,} of {frames:,} samples; copy or record it again")
+        raise ValueError(
+            f"{name} is truncated: {len(samples):,} of {frames:,} samples; "
+            "copy or record it again"
+        )
     return torch.from_numpy(samples), rate
 
 # %% ../nbs/02_audio.ipynb #d13b7a60
-def load_audio(path: str | os.PathLike[str] | io.BytesIO, sample_rate: int = 8000) -> Tensor:
-    """Read any sound that soundfile reads as mono float32 `[T]` at `sample_rate` Hz (section III-B).
+def load_audio(
+    path: str | os.PathLike[str] | io.BytesIO, sample_rate: int = 8000
+) -> Tensor:
+    """Read any sound that soundfile reads as mono float32 `[T]` at `sample_rate` Hz
+    (section III-B).
 
-    Channels are averaged. soxr changes the rate; its low-pass removes what the new rate can't hold.
-    Raises FileNotFoundError for a missing file and ValueError for one that is no audio, empty, truncated or not finite,
-    for a rate below a hundredth of `sample_rate`, and for a `sample_rate` that is no whole number of at least 1.
+    Channels are averaged. soxr changes the rate; its low-pass removes what the new rate
+    can't hold. Raises FileNotFoundError for a missing file and ValueError for one that
+    is no audio, empty, truncated or not finite, for a rate below a hundredth of
+    `sample_rate`, and for a `sample_rate` that is no whole number of at least 1.
     """
     if not (sample_rate >= 1 and sample_rate % 1 == 0):
-        raise ValueError(f"sample_rate must be a whole number of at least 1, not {sample_rate}")
+        raise ValueError(
+            f"sample_rate must be a whole number of at least 1, not {sample_rate}"
+        )
     name = "the sound" if isinstance(path, io.BytesIO) else str(path)
     samples, rate = _decoded(path, name)
     if 100 * rate < sample_rate:
-        raise ValueError(f"{name} has {rate:,} samples a second, too few for {sample_rate:,}; give a better recording")
-    mono = samples.mean(1).numpy()  # several times as fast as NumPy's along so short an axis
+        raise ValueError(
+            f"{name} has {rate:,} samples a second, too few for {sample_rate:,}; "
+            "give a better recording"
+        )
+    mono = samples.mean(1).numpy()  # NumPy's own mean is slow along so short an axis
     wave = torch.from_numpy(soxr.resample(mono, rate, sample_rate))
     if not len(wave):
-        raise ValueError(f"{name} holds no sound (it is empty or cut off); give a longer one")
+        raise ValueError(
+            f"{name} holds no sound (it is empty or cut off); give a longer one"
+        )
     _check_finite(wave, name)
     return wave
 
 # %% ../nbs/02_audio.ipynb #c9788ea8
-AUDIO_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3", ".aiff": "AIFF", ".aif": "AIFF"}
+AUDIO_FORMATS = {
+    ".wav": "WAV",
+    ".flac": "FLAC",
+    ".ogg": "OGG",
+    ".mp3": "MP3",
+    ".aiff": "AIFF",
+    ".aif": "AIFF",
+}
 
 # %% ../nbs/02_audio.ipynb #7a0e5c12
 def rate_of(wave: Any, sample_rate: int | None = None) -> int:
@@ -117,17 +142,20 @@ class Wave(Tensor):
 # %% ../nbs/02_audio.ipynb #5e3a91c7
 @contextlib.contextmanager
 def sound_file(path: Path, sample_rate: int) -> Iterator[Callable[[Tensor], None]]:
-    """A function that takes pieces of sound `[t]`; at the end the file appears with all of them, or not at all.
+    """A function that takes pieces of sound `[t]`; at the end the file appears with all
+    of them, or not at all.
 
-    The format is that of `path`'s ending, one of `AUDIO_FORMATS`; samples beyond ±1 are clipped.
-    Raises OSError where the file can't be written.
+    The format is that of `path`'s ending, one of `AUDIO_FORMATS`; samples beyond ±1 are
+    clipped. Raises OSError where the file can't be written.
     """
     with whole_file(path) as part:
         try:
-            with soundfile.SoundFile(part, "w", sample_rate, 1, format=AUDIO_FORMATS[path.suffix.lower()]) as file:
+            kind = AUDIO_FORMATS[path.suffix.lower()]
+            with soundfile.SoundFile(part, "w", sample_rate, 1, format=kind) as file:
 
                 def write(sound: Tensor) -> None:
-                    for piece in sound.clamp(-1, 1).split(2**16):  # Vorbis puts all of the first one on the stack
+                    # Vorbis puts all of the first piece on the stack
+                    for piece in sound.clamp(-1, 1).split(2**16):
                         file.write(piece.numpy())
 
                 yield write
@@ -136,27 +164,41 @@ def sound_file(path: Path, sample_rate: int) -> Iterator[Callable[[Tensor], None
             with part.open("ab") as rest:
                 rest.write(bytes(2**16))  # raises what libsndfile calls a system error
             reason = error.error_string.rstrip(".")
-            raise OSError(f"{path} can't be written ({reason}); choose another place or format") from error
+            raise OSError(
+                f"{path} can't be written ({reason}); choose another place or format"
+            ) from error
         if empty:
             part.unlink()
 
 # %% ../nbs/02_audio.ipynb #4d1b638c
-def save_audio(path: str | os.PathLike[str], wave: Tensor, sample_rate: int | None = None) -> None:
-    """Write `wave` `[T]` in the format that the ending of `path` names (16 bit where it has a choice).
+def save_audio(
+    path: str | os.PathLike[str], wave: Tensor, sample_rate: int | None = None
+) -> None:
+    """Write `wave` `[T]` in the format that the ending of `path` names (16 bit where it
+    has a choice).
 
-    Without `sample_rate` it is a `Wave`'s own, or 8000 Hz. Samples beyond ±1 are clipped; nothing is rescaled. The file
-    appears whole or not at all. Raises FileNotFoundError for a missing folder; ValueError for a wave that is not
-    floating-point, one-dimensional, finite and longer than 0, for an unknown ending, and where the file can't be
-    written.
+    Without `sample_rate` it is a `Wave`'s own, or 8000 Hz. Samples beyond ±1 are
+    clipped; nothing is rescaled. The file appears whole or not at all. Raises
+    FileNotFoundError for a missing folder; ValueError for a wave that is not
+    floating-point, one-dimensional, finite and longer than 0, for an unknown ending,
+    and where the file can't be written.
     """
     path = Path(path)
     if wave.ndim != 1 or not len(wave) or not wave.is_floating_point():
-        raise ValueError(f"{path} needs a floating-point wave [T] with T > 0, not {wave.dtype} {list(wave.shape)}")
+        raise ValueError(
+            f"{path} needs a floating-point wave [T] with T > 0, "
+            f"not {wave.dtype} {list(wave.shape)}"
+        )
     _check_finite(wave)
     if path.suffix.lower() not in AUDIO_FORMATS:
-        raise ValueError(f"{path} has no ending of a sound format; use one of {' '.join(AUDIO_FORMATS)}")
+        raise ValueError(
+            f"{path} has no ending of a sound format; "
+            f"use one of {' '.join(AUDIO_FORMATS)}"
+        )
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist; make it first")
+        raise FileNotFoundError(
+            f"the folder {path.parent} does not exist; make it first"
+        )
     try:
         with sound_file(path, rate_of(wave, sample_rate)) as write:
             write(wave.detach().cpu().float())
@@ -168,7 +210,8 @@ MP3_RATES = 8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000
 
 
 def to_flac(wave: Tensor, sample_rate: int = 8000) -> bytes:
-    """The FLAC file of `wave` `[T]`: 16 bits, at its own level; samples beyond ±1 are clipped.
+    """The FLAC file of `wave` `[T]`: 16 bits, at its own level; samples beyond ±1 are
+    clipped.
 
     Frames are short, so that browsers can begin anywhere in it.
     Raises ValueError for a wave that is empty, not one-dimensional or not finite.
@@ -177,21 +220,29 @@ def to_flac(wave: Tensor, sample_rate: int = 8000) -> bytes:
 
 
 def to_mp3(wave: Tensor, sample_rate: int = 8000) -> bytes:
-    """The MP3 file of `wave` `[T]`, at its own level and of its own length; samples beyond ±1 are clipped.
+    """The MP3 file of `wave` `[T]`, at its own level and of its own length; samples
+    beyond ±1 are clipped.
 
     It has a variable rate, of about 25 kbit/s at 8 kHz: a quarter of `to_flac`'s.
     Raises ValueError as `to_flac` does, and for a rate that is not one of `MP3_RATES`.
     """
     if sample_rate not in MP3_RATES:
-        raise ValueError(f"MP3 has no sample rate of {sample_rate} Hz; use one of {', '.join(map(str, MP3_RATES))}")
-    return _encoded(wave, sample_rate, format="MP3", compression_level=0.3, bitrate_mode="VARIABLE")
+        raise ValueError(
+            f"MP3 has no sample rate of {sample_rate} Hz; "
+            f"use one of {', '.join(map(str, MP3_RATES))}"
+        )
+    return _encoded(
+        wave, sample_rate, format="MP3", compression_level=0.3, bitrate_mode="VARIABLE"
+    )
 
 
 def _encoded(wave: Tensor, sample_rate: int, **how: Any) -> bytes:
     """The file of `wave` `[T]` that soundfile writes."""
     wave = torch.as_tensor(wave).detach().cpu().float()
     if wave.ndim != 1 or not len(wave):
-        raise ValueError(f"a wave [T] with T > 0 is needed, not one of shape {list(wave.shape)}")
+        raise ValueError(
+            f"a wave [T] with T > 0 is needed, not one of shape {list(wave.shape)}"
+        )
     _check_finite(wave)
     data = io.BytesIO()
     soundfile.write(data, wave.clamp(-1, 1).numpy(), sample_rate, **how)
@@ -199,7 +250,8 @@ def _encoded(wave: Tensor, sample_rate: int, **how: Any) -> bytes:
 
 # %% ../nbs/02_audio.ipynb #94f0b650
 def normalize_peak(wave: Tensor) -> tuple[Tensor, float]:
-    """Scale `wave` `[T]` to a peak of 1, as every recording is before training; also give the old peak.
+    """Scale `wave` `[T]` to a peak of 1, as every recording is before training; also
+    give the old peak.
 
     Raises ValueError for a wave that is empty, silent or not finite.
     """
@@ -212,9 +264,11 @@ def normalize_peak(wave: Tensor) -> tuple[Tensor, float]:
 # %% ../nbs/02_audio.ipynb #a4e37711
 @dataclass(frozen=True)
 class SpectrogramConfig:
-    """The geometry of a spectrogram and of the blocks it is cut into (Table I; section III-B).
+    """The geometry of a spectrogram and of the blocks it is cut into (Table I; section
+    III-B).
 
-    A block is `n_bins` frequency rows by `n_frames` time columns and lasts `block_samples` samples.
+    A block is `n_bins` frequency rows by `n_frames` time columns and lasts
+    `block_samples` samples.
     """
 
     sample_rate: int = 8000  # Hz
@@ -253,42 +307,58 @@ SPECTROGRAMS = {
 
 # %% ../nbs/02_audio.ipynb #8bedfdb6
 def _stft(wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """Centred STFT of `[B, T]` with a Hann window, complex `[B, n_fft//2 + 1, 1 + T // hop]` (Eq. (stft-discrete))."""
+    """Centred STFT of `[B, T]` with a Hann window, complex
+    `[B, n_fft//2 + 1, 1 + T // hop]` (Eq. (stft-discrete)).
+    """
     window = torch.hann_window(cfg.n_fft, dtype=wave.dtype, device=wave.device)
-    return torch.stft(wave, cfg.n_fft, cfg.hop_length, window=window, pad_mode="constant", return_complex=True)
+    return torch.stft(wave, cfg.n_fft, cfg.hop_length, window=window,
+                      pad_mode="constant", return_complex=True)
 
 
 def _istft(stft: Tensor, cfg: SpectrogramConfig, length: int) -> Tensor:
-    """The wave `[B, length]` whose STFT is nearest to `stft` in the least-squares sense (Eq. (istft))."""
+    """The wave `[B, length]` whose STFT is nearest to `stft` in the least-squares sense
+    (Eq. (istft)).
+    """
     window = torch.hann_window(cfg.n_fft, dtype=stft.real.dtype, device=stft.device)
     return torch.istft(stft, cfg.n_fft, cfg.hop_length, window=window, length=length)
 
 # %% ../nbs/02_audio.ipynb #15f52b8a
 def to_spectrogram(wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """Decibel spectrogram in [0, 1] of `wave` `[..., T]`: `[..., n_bins, T // hop_length]` (Eq. (decibels)).
+    """Decibel spectrogram in [0, 1] of `wave` `[..., T]`:
+    `[..., n_bins, T // hop_length]` (Eq. (decibels)).
 
-    1 is the level of a full-scale sine, 0 lies `top_db` below it and holds everything quieter. Frame k is centred on
-    sample `k * hop_length`, so the spectrograms of a recording's blocks are slices of this one. Nothing is rescaled.
-    Raises ValueError for a wave shorter than one hop or not finite.
+    1 is the level of a full-scale sine, 0 lies `top_db` below it and holds everything
+    quieter. Frame k is centred on sample `k * hop_length`, so the spectrograms of a
+    recording's blocks are slices of this one. Nothing is rescaled. Raises ValueError
+    for a wave shorter than one hop or not finite.
     """
     frames = wave.shape[-1] // cfg.hop_length
     if frames == 0:
-        raise ValueError(f"{wave.shape[-1]} samples are less than one hop ({cfg.hop_length}); give a longer wave")
+        raise ValueError(
+            f"{wave.shape[-1]} samples are less than one hop ({cfg.hop_length}); "
+            "give a longer wave"
+        )
     _check_finite(wave)
     flat = wave.reshape(-1, wave.shape[-1])
     magnitude = _stft(flat, cfg)[:, : cfg.n_bins, :frames].abs()
     decibels = 20 * torch.log10(magnitude.clamp(min=1e-12) / cfg.reference)
-    return (1 + decibels / cfg.top_db).clamp(0, 1).reshape(*wave.shape[:-1], cfg.n_bins, frames)
+    spec = (1 + decibels / cfg.top_db).clamp(0, 1)
+    return spec.reshape(*wave.shape[:-1], cfg.n_bins, frames)
 
 # %% ../nbs/02_audio.ipynb #0ff7e616
 def to_magnitude(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """Linear magnitude `[..., n_bins + 1, frames]` of a spectrogram `[..., n_bins, frames]` in [0, 1] (Eq. (decibels)).
+    """Linear magnitude `[..., n_bins + 1, frames]` of a spectrogram
+    `[..., n_bins, frames]` in [0, 1] (Eq. (decibels)).
 
-    The Nyquist row, dropped on the way in, comes back with **amplitude** zero; 0 dB there would be full scale.
-    Raises ValueError for another number of rows and for values that are not finite.
+    The Nyquist row, dropped on the way in, comes back with **amplitude** zero; 0 dB
+    there would be full scale. Raises ValueError for another number of rows and for
+    values that are not finite.
     """
     if spec.ndim < 2 or spec.shape[-2] != cfg.n_bins:
-        raise ValueError(f"a spectrogram [..., {cfg.n_bins}, frames] is needed, not one of shape {list(spec.shape)}")
+        raise ValueError(
+            f"a spectrogram [..., {cfg.n_bins}, frames] is needed, "
+            f"not one of shape {list(spec.shape)}"
+        )
     _check_finite(spec, "the spectrogram")
     magnitude = cfg.reference * 10 ** ((spec - 1) * cfg.top_db / 20)
     return torch.nn.functional.pad(magnitude, (0, 0, 0, 1))

@@ -25,10 +25,12 @@ from torch import Tensor
 # %% ../nbs/16_files.ipynb #1cd01ac3
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; at the end the file there takes the place of `path`.
+    """A path beside `path` to write to; at the end the file there takes the place of
+    `path`.
 
-    The file appears whole or not at all, whoever else writes it. Where the block raises, or writes nothing, the old
-    file stays and no part of a new one is left. Raises OSError, which names `path`, where the file can't be written.
+    The file appears whole or not at all, whoever else writes it. Where the block
+    raises, or writes nothing, the old file stays and no part of a new one is left.
+    Raises OSError, which names `path`, where the file can't be written.
     """
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
@@ -38,7 +40,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename not in (None, part, str(part)):
             raise  # it is about something else
-        raise OSError(error.errno, f"{path} can't be written ({error.strerror}); choose another place") from error
+        raise OSError(
+            error.errno,
+            f"{path} can't be written ({error.strerror}); choose another place",
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -58,10 +63,12 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new, empty folder beside `path` to fill; at the end it takes the place of `path`, with all that it held.
+    """A new, empty folder beside `path` to fill; at the end it takes the place of
+    `path`, with all that it held.
 
-    `path` is the old folder or the new one, whole. Where the block raises, the old one stays and no part of a new one
-    is left. Missing parents are made. Raises OSError where the folder can't be written.
+    `path` is the old folder or the new one, whole. Where the block raises, the old one
+    stays and no part of a new one is left. Missing parents are made. Raises OSError
+    where the folder can't be written.
     """
     part, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
     if path.exists():
@@ -86,8 +93,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 # %% ../nbs/16_files.ipynb #58f2e6b1
 def _checksum(tensors: dict[str, Tensor]) -> str:
     """The CRCs of the tensors' bytes, in the order of their names."""
-    data = (tensors[name].flatten().view(torch.uint8).numpy().data for name in sorted(tensors))
-    return "-".join(str(zlib.crc32(values)) for values in data)
+    data = (tensors[name].flatten().view(torch.uint8) for name in sorted(tensors))
+    return "-".join(str(zlib.crc32(values.numpy().data)) for values in data)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:
@@ -95,30 +102,39 @@ def load_tensors(path: Path) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            expected = (file.metadata() or {}).get("checksum")  # version 0.1.0 wrote some files without
+            # version 0.1.0 wrote some files without a checksum
+            expected = (file.metadata() or {}).get("checksum")
     except (OSError, SafetensorError):
         return None
     return tensors if expected in (None, _checksum(tensors)) else None
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as one safetensors file, whole, with a checksum; missing folders are made.
+    """Write tensors as one safetensors file, whole, with a checksum; missing folders
+    are made.
 
     Raises OSError where the file can't be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, save(tensors, {"checksum": _checksum(tensors)}))
     except OSError as error:
-        raise OSError(f"the cache {path.parent} can't be written ({error}); give another folder") from error
+        raise OSError(
+            f"the cache {path.parent} can't be written ({error}); give another folder"
+        ) from error
 
 
-def cached(path: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `make` returns: read from the file at `path`, or else made and kept there.
+def cached(
+    path: Path | None, make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors that `make` returns: read from the file at `path`, or else made and
+    kept there.
 
-    The name of the file has to depend on everything that `make` uses. Without a path nothing is kept.
-    Raises OSError where the file can't be written.
+    The name of the file has to depend on everything that `make` uses. Without a path
+    nothing is kept. Raises OSError where the file can't be written.
     """
     tensors = load_tensors(path) if path else None
     if tensors is None:
@@ -129,7 +145,9 @@ def cached(path: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str
 
 # %% ../nbs/16_files.ipynb #f6e07b39
 def _chunk_ends(data: bytes) -> Iterator[int]:
-    """Where the chunks of a WAV or AIFF file should end: the whole file's, then each up to that of the samples."""
+    """Where the chunks of a WAV or AIFF file should end: the whole file's, then each up
+    to that of the samples.
+    """
     order: Literal["little", "big"] = "little" if data[:4] == b"RIFF" else "big"
     start = 0
     while start + 8 <= len(data):
@@ -141,7 +159,9 @@ def _chunk_ends(data: bytes) -> Iterator[int]:
 
 
 def _last_page_end(data: bytes) -> int:
-    """Where the last page of an OGG stream should end, or a point beyond the file if that page isn't there."""
+    """Where the last page of an OGG stream should end, or a point beyond the file if
+    that page isn't there.
+    """
     start = data.rfind(b"OggS\0")
     header = data[start : start + 27].ljust(27, b"\0")  # it may be cut off
     body = start + 27 + header[26]
@@ -150,9 +170,11 @@ def _last_page_end(data: bytes) -> int:
 
 
 def check_complete(data: bytes, name: str) -> None:
-    """Raise ValueError if a WAV, AIFF or OGG file `data` announces more bytes than it has; `name` is for the message.
+    """Raise ValueError if a WAV, AIFF or OGG file `data` announces more bytes than it
+    has; `name` is for the message.
 
-    A WAV file that was written to a pipe announces no size that could be checked, and passes.
+    A WAV file that was written to a pipe announces no size that could be checked, and
+    passes.
     """
     ends: Iterable[int] = ()
     if data[:4] in (b"RIFF", b"FORM"):
@@ -160,15 +182,24 @@ def check_complete(data: bytes, name: str) -> None:
     elif data[:4] == b"OggS":
         ends = [_last_page_end(data)]
     for end in ends:
-        if len(data) + 1 < end < 0x7FFF0000:  # a pipe's sizes are larger; a last byte of padding may be missing
-            raise ValueError(f"{name} is truncated: {len(data):,} of at least {end:,} bytes; copy or record it again")
+        if (
+            len(data) + 1 < end < 0x7FFF0000
+        ):  # a pipe's sizes are larger; a last byte of padding may be missing
+            raise ValueError(
+                f"{name} is truncated: {len(data):,} of at least {end:,} bytes; "
+                "copy or record it again"
+            )
 
 # %% ../nbs/16_files.ipynb #d8731fe8
-def ahead(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
-    """function(item) of each item, in the items' order, made by `workers` threads up to two items a thread ahead.
+def ahead(
+    function: Callable[[Any], Any], items: Iterable[Any], workers: int
+) -> Iterator[Any]:
+    """function(item) of each item, in the items' order, made by `workers` threads up to
+    two items a thread ahead.
 
-    An exception of the function is raised in its item's place. A caller that stops early waits for nothing: calls that
-    have begun end by themselves, and the others are dropped.
+    An exception of the function is raised in its item's place. A caller that stops
+    early waits for nothing: calls that have begun end by themselves, and the others are
+    dropped.
     """
     pool, queue = ThreadPoolExecutor(workers), deque[Future[Any]]()
     try:
@@ -184,7 +215,8 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], workers: int) ->
 # %% ../nbs/16_files.ipynb #dda6abd4
 @contextlib.contextmanager
 def single_threaded() -> Iterator[int]:
-    """Let torch compute in one thread, and give the number of tasks that can then run side by side: one a core.
+    """Let torch compute in one thread, and give the number of tasks that can then run
+    side by side: one a core.
 
     With one thread, sums are also the same on every number of cores.
     """
@@ -212,5 +244,7 @@ def seed_of(*key: int) -> int:
 # %% ../nbs/16_files.ipynb #2f5ca04b
 def generator(seed: int, *purpose: int) -> torch.Generator:
     """Random numbers that depend on the seed and the purpose alone."""
-    word = np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1, np.uint64)[0]
+    word = np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1, np.uint64)[
+        0
+    ]
     return torch.Generator().manual_seed(int(word))

@@ -15,18 +15,22 @@ from .audio import SpectrogramConfig, to_magnitude
 
 # %% ../nbs/02b_phases.ipynb #b7d21c4e
 def _floor(cfg: SpectrogramConfig) -> float:
-    """The magnitude that lies `top_db` below the reference: the least that a spectrogram tells."""
+    """The least magnitude that a spectrogram tells, `top_db` below the reference."""
     return cfg.reference * 10 ** (-cfg.top_db / 20)
 
 
 def _widest_paths(level: Tensor, before: Tensor) -> Tensor:
-    """The row in which the way to each bin `[B, K, rows]` starts, by Eq. (widest-path): one sweep up and one down.
+    """The row in which the way to each bin `[B, K, rows]` starts, by Eq. (widest-path):
+    one sweep up and one down.
 
-    `level` is the logarithm of the frames' magnitudes and `before` that of the frames before them.
+    `level` is the logarithm of the frames' magnitudes and `before` that of the frames
+    before them.
     """
     rows = level.shape[-1]
-    levels, best = (x.permute(2, 0, 1).flatten(1).contiguous().unbind() for x in (level, before))
-    source = torch.arange(rows, device=level.device)[:, None].repeat(1, levels[0].numel())
+    levels = level.permute(2, 0, 1).flatten(1).contiguous().unbind()
+    best = before.permute(2, 0, 1).flatten(1).contiguous().unbind()
+    source = torch.arange(rows, device=level.device)[:, None]
+    source = source.repeat(1, levels[0].numel())
     for order in (range(rows), range(rows - 1, -1, -1)):
         for i, j in zip(order, order[1:], strict=False):
             way = torch.minimum(best[i], levels[i])
@@ -36,12 +40,14 @@ def _widest_paths(level: Tensor, before: Tensor) -> Tensor:
 
 # %% ../nbs/02b_phases.ipynb #cbc43c7b
 def _phase_slopes(level: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
-    """Eq. (phase-gradient) for the logarithm of magnitudes `[B, K, rows]`, summed by the trapezoidal rule.
+    """Eq. (phase-gradient) for the logarithm of magnitudes `[B, K, rows]`, summed by
+    the trapezoidal rule.
 
-    The phase's turn from the frame before (for the first frame, its slope) and its climb from row 0, in radians.
+    The phase's turn from the frame before (for the first frame, its slope) and its
+    climb from row 0, in radians.
     """
     step = 2 * math.pi / cfg.n_fft  # radians a sample from row to row
-    spread = 0.25645 * cfg.n_fft**2 / (2 * math.pi)  # of the Gaussian nearest to Hann's window
+    spread = 0.25645 * cfg.n_fft**2 / (2 * math.pi)  # the Gaussian nearest to Hann's
     along_time, along_rows = torch.gradient(level, dim=(1, 2))
     own = step * torch.arange(level.shape[-1], dtype=level.dtype, device=level.device)
     turn = cfg.hop_length * (own + along_rows / (spread * step))
@@ -52,11 +58,13 @@ def _phase_slopes(level: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor
 
 
 def _gradient_phases(target: Tensor, cfg: SpectrogramConfig, seen: Tensor) -> Tensor:
-    """Phases `[B, K, rows]` for a magnitude `[B, K, rows]` whose first M frames have the phases `seen` `[B, M, rows]`.
+    """Phases `[B, K, rows]` for a magnitude `[B, K, rows]` whose first M frames have
+    the phases `seen` `[B, M, rows]`.
 
-    Real-time phase-gradient heap integration (Prusa and Sondergaard 2016) of Eq. (phase-gradient), without the heap:
-    each bin follows that bin of the frame before from which Eq. (widest-path) leads to it. Phases are `_stft`'s,
-    counted from the window's start.
+    Real-time phase-gradient heap integration (Prusa and Sondergaard 2016) of
+    Eq. (phase-gradient), without the heap: each bin follows that bin of the frame
+    before from which Eq. (widest-path) leads to it. Phases are `_stft`'s, counted from
+    the window's start.
     """
     first = seen.shape[1]
     level = target.clamp(min=_floor(cfg)).log()
@@ -71,22 +79,30 @@ def _gradient_phases(target: Tensor, cfg: SpectrogramConfig, seen: Tensor) -> Te
 
 # %% ../nbs/02b_phases.ipynb #abdea757
 class _Frames:
-    """The windows over a wave `[B, (K - 1) * hop_length]`: its STFT `[B, K, n_fft//2 + 1]` and back, in place.
+    """The windows over a wave `[B, (K - 1) * hop_length]`: its STFT
+    `[B, K, n_fft//2 + 1]` and back, in place.
 
-    `wave` is what all the others are views of; around it lies half a window of zeros on each side.
+    `wave` is what all the others are views of; around it lies half a window of zeros on
+    each side.
     """
 
     def __init__(self, like: Tensor, cfg: SpectrogramConfig) -> None:
-        """For an STFT of the shape, type and device of the magnitude `like` `[B, K, n_fft//2 + 1]`."""
+        """For STFTs of the shape, type and device of `like` `[B, K, n_fft//2 + 1]`."""
         batch, count, _ = like.shape
         self.n_fft, hop = cfg.n_fft, cfg.hop_length
-        self.window = torch.hann_window(self.n_fft, dtype=like.dtype, device=like.device)
+        self.window = torch.hann_window(
+            self.n_fft, dtype=like.dtype, device=like.device
+        )
         self.padded = like.new_zeros(batch, self.n_fft + (count - 1) * hop)
         inside = slice(self.n_fft // 2, self.n_fft // 2 + (count - 1) * hop)
-        self.wave, self.windows = self.padded[:, inside], self.padded.unfold(-1, self.n_fft, hop)
+        self.wave = self.padded[:, inside]
+        self.windows = self.padded.unfold(-1, self.n_fft, hop)
         self.frames = like.new_empty(self.windows.shape)
-        parts = [slice(at, min(at + hop, self.n_fft)) for at in range(0, self.n_fft, hop)]  # disjoint in the wave
-        self.overlap = [(self.padded[:, p.start :].unfold(-1, p.stop - p.start, hop)[:, :count], p) for p in parts]
+        self.overlap = []
+        for start in range(0, self.n_fft, hop):
+            part = slice(start, min(start + hop, self.n_fft))
+            places = self.padded[:, start:].unfold(-1, part.stop - start, hop)
+            self.overlap.append((places[:, :count], part))  # disjoint in the wave
         for place, part in self.overlap:
             place += self.window[part].square()
         self.scale = torch.zeros_like(self.padded[0])
@@ -108,25 +124,38 @@ class _Frames:
 
 # %% ../nbs/02b_phases.ipynb #3e19cece
 def _start(
-    target: Tensor, cfg: SpectrogramConfig, frames: _Frames, past: Tensor, init: str, generator: torch.Generator | None
+    target: Tensor,
+    cfg: SpectrogramConfig,
+    frames: _Frames,
+    past: Tensor,
+    init: str,
+    generator: torch.Generator | None,
 ) -> Tensor:
-    """The spectrogram `[B, K, rows]` to start from: `target`, with phases of its slopes or drawn ones."""
+    """The spectrogram `[B, K, rows]` to start from: `target`, with phases of its slopes
+    or drawn ones.
+    """
     batch, count, rows = target.shape
     device = generator.device if generator else None
-    draw = torch.rand(batch, rows, count, generator=generator, dtype=target.dtype, device=device)
+    draw = torch.rand(
+        batch, rows, count, generator=generator, dtype=target.dtype, device=device
+    )
     phases = 2 * math.pi * draw.to(target.device).mT
-    stft = torch.empty(target.shape, dtype=target.dtype.to_complex(), device=target.device)
+    stft = torch.empty(
+        target.shape, dtype=target.dtype.to_complex(), device=target.device
+    )
     if init == "gradient":
         frames.wave[:, : past.shape[-1]].copy_(past)
         frames.stft(stft)
-        whole = max(0, 1 + (past.shape[-1] - cfg.n_fft // 2) // cfg.hop_length)  # windows within the known samples
-        integrated = _gradient_phases(target, cfg, stft[:, :whole].angle())
+        known_frames = max(0, 1 + (past.shape[-1] - cfg.n_fft // 2) // cfg.hop_length)
+        integrated = _gradient_phases(target, cfg, stft[:, :known_frames].angle())
         phases = torch.where(target > 1.001 * _floor(cfg), integrated, phases)
     return torch.polar(target, phases, out=stft)
 
 
 def _scale_to(target: Tensor, stft: Tensor, power: Tensor, squares: Tensor) -> None:
-    """Give `stft` the magnitude `target`: the first of Eq. (projections), in place; the others are scratch."""
+    """Give `stft` the magnitude `target`: the first of Eq. (projections), in place; the
+    others are scratch.
+    """
     parts = torch.view_as_real(stft).flatten(-2)  # real, imaginary, real, ...
     torch.mul(parts, parts, out=squares)
     torch.add(squares[..., ::2], squares[..., 1::2], out=power)
@@ -134,25 +163,37 @@ def _scale_to(target: Tensor, stft: Tensor, power: Tensor, squares: Tensor) -> N
 
 # %% ../nbs/02b_phases.ipynb #78583328
 def _mend_join(frames: _Frames, past: Tensor) -> None:
-    """Put the known samples `past` `[B, P]` into the wave, and fade out beyond them what it missed them by."""
+    """Put the known samples `past` `[B, P]` into the wave, and fade out beyond them
+    what it missed them by.
+    """
     begin, half = frames.wave[:, : past.shape[-1]], frames.n_fft // 2
-    error = (past - begin)[:, -half:].flip(-1)  # mirrored at the join, which thus has no step
-    error *= torch.hann_window(2 * error.shape[-1], dtype=past.dtype, device=past.device)[error.shape[-1] :]
-    after = frames.wave[:, past.shape[-1] :][:, : error.shape[-1]]
+    error = (past - begin)[:, -half:].flip(-1)  # mirrored, so the join has no step
+    length = error.shape[-1]
+    fade = torch.hann_window(2 * length, dtype=past.dtype, device=past.device)[length:]
+    error *= fade
+    after = frames.wave[:, past.shape[-1] :][:, :length]
     after += error[:, : after.shape[-1]]
     begin.copy_(past)
 
 
-def _check_target(magnitude: Tensor, cfg: SpectrogramConfig, init: str, known: Tensor | None) -> None:
+def _check_target(
+    magnitude: Tensor, cfg: SpectrogramConfig, init: str, known: Tensor | None
+) -> None:
     rows, count = magnitude.shape[-2:]
     if rows != cfg.n_bins + 1 or count < 2:
-        raise ValueError(f"a magnitude [..., {cfg.n_bins + 1}, at least 2] is needed, not {list(magnitude.shape)}")
+        raise ValueError(
+            f"a magnitude [..., {cfg.n_bins + 1}, at least 2] is needed, "
+            f"not {list(magnitude.shape)}"
+        )
     if init not in ("gradient", "random"):
         raise ValueError(f"init must be 'gradient' or 'random', not {init!r}")
     if known is not None:
         batch, length = magnitude.shape[:-2], (count - 1) * cfg.hop_length
         if known.shape[:-1] != batch or known.shape[-1] > length:
-            raise ValueError(f"known samples must be {list(batch)} by at most {length}, not {list(known.shape)}")
+            raise ValueError(
+                f"known samples must be {list(batch)} by at most {length}, "
+                f"not {list(known.shape)}"
+            )
 
 # %% ../nbs/02b_phases.ipynb #5a90d3c8
 @torch.no_grad()
@@ -166,15 +207,19 @@ def griffin_lim(
     generator: torch.Generator | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
-    """Wave `[..., (frames - 1) * hop_length]` whose STFT has about this magnitude `[..., n_bins + 1, frames]`.
+    """Wave `[..., (frames - 1) * hop_length]` whose STFT has about this magnitude
+    `[..., n_bins + 1, frames]`.
 
-    Fast Griffin-Lim (Perraudin et al. 2013; Eq. (fast-griffin-lim)), in place; with `momentum=0` the original algorithm
-    (Griffin and Lim 1984). It starts from the phases that the magnitude's slopes give (Eq. (phase-gradient)).
-    `generator` fixes the phases that are drawn: where the magnitude is at the floor, or all with `init="random"`.
-    `n_iter` iterations follow; 0 leaves the start as it is. Batched, on the magnitude's device. The magnitude must be
-    finite, which is not checked. The first P samples may be `known` `[..., P]`: they come back unchanged, and the
-    others follow in phase. Raises ValueError for another number of rows, fewer than two frames, another `init`, and
-    `known` samples of another batch or more than the wave has.
+    Fast Griffin-Lim (Perraudin et al. 2013; Eq. (fast-griffin-lim)), in place; with
+    `momentum=0` the original algorithm (Griffin and Lim 1984). It starts from the
+    phases that the magnitude's slopes give (Eq. (phase-gradient)). `generator` fixes
+    the phases that are drawn: where the magnitude is at the floor, or all with
+    `init="random"`. `n_iter` iterations follow; 0 leaves the start as it is. Batched,
+    on the magnitude's device. The magnitude must be finite, which is not checked. The
+    first P samples may be `known` `[..., P]`: they come back unchanged, and the others
+    follow in phase. Raises ValueError for another number of rows, fewer than two
+    frames, another `init`, and `known` samples of another batch or more than the wave
+    has.
     """
     _check_target(magnitude, cfg, init, known)
     rows, count = magnitude.shape[-2:]
@@ -208,15 +253,19 @@ def to_wave(
     generator: torch.Generator | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
-    """Sound `[..., frames * hop_length]` of a spectrogram `[..., n_bins, frames]` in [0, 1] (section III-E).
+    """Sound `[..., frames * hop_length]` of a spectrogram `[..., n_bins, frames]` in
+    [0, 1] (section III-E).
 
-    The last frame is repeated for half a window, so that every sample lies under as many windows as any other, and what
-    is added is cut off again. The keywords are `griffin_lim`'s.
-    Raises ValueError for another number of rows, no frames, or values that are not finite.
+    The last frame is repeated for half a window, so that every sample lies under as
+    many windows as any other, and what is added is cut off again. The keywords are
+    `griffin_lim`'s. Raises ValueError for another number of rows, no frames, or values
+    that are not finite.
     """
     frames, extra = spec.shape[-1], math.ceil(cfg.n_fft / (2 * cfg.hop_length))
     target = to_magnitude(torch.cat([spec, *[spec[..., -1:]] * extra], dim=-1), cfg)
-    wave = griffin_lim(target, cfg, n_iter=n_iter, init=init, generator=generator, known=known)
+    wave = griffin_lim(
+        target, cfg, n_iter=n_iter, init=init, generator=generator, known=known
+    )
     return wave[..., : frames * cfg.hop_length]
 
 # %% ../nbs/02b_phases.ipynb #563b9a04
@@ -228,13 +277,16 @@ def stream_wave(
     generator: torch.Generator | None = None,
     known: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Sound `[..., t]` of a spectrogram that comes in pieces `[..., n_bins, any number of frames]`, while it comes.
+    """Sound `[..., t]` of a spectrogram that comes in pieces
+    `[..., n_bins, any number of frames]`, while it comes.
 
-    Joined, the sounds are as long as `to_wave`'s of the joined pieces, and for pieces of half a second or more about as
-    good. The last four windows (`4 * n_fft` samples, up to whole hops) wait for the next piece or the end: this is the
-    latency. Two windows of what was handed out are kept, so memory depends on the largest piece alone.
-    With `known` samples `[..., P]`, a whole number of hops, the pieces begin with their frames; only the new sound is
-    handed out, in phase with them (Eq. (known)). Raises what `to_wave` does, and ValueError for a part of a hop.
+    Joined, the sounds are as long as `to_wave`'s of the joined pieces, and for pieces
+    of half a second or more about as good. The last four windows (`4 * n_fft` samples,
+    up to whole hops) wait for the next piece or the end: this is the latency. Two
+    windows of what was handed out are kept, so memory depends on the largest piece
+    alone. With `known` samples `[..., P]`, a whole number of hops, the pieces begin
+    with their frames; only the new sound is handed out, in phase with them
+    (Eq. (known)). Raises what `to_wave` does, and ValueError for a part of a hop.
     """
     hop = cfg.hop_length
     window = math.ceil(cfg.n_fft / hop) * hop
@@ -244,9 +296,13 @@ def stream_wave(
             spec = piece[..., :0]
             past = piece[..., 0, :0] if known is None else known
             if past.shape[-1] % hop:
-                raise ValueError(f"{past.shape[-1]} known samples are no whole number of hops ({hop}); cut their start")
+                raise ValueError(
+                    f"{past.shape[-1]} known samples are no whole number of hops "
+                    f"({hop}); cut their start"
+                )
         spec = torch.cat([spec, piece], dim=-1)
-        new = to_wave(spec, cfg, n_iter=n_iter, generator=generator, known=past)[..., past.shape[-1] :]
+        wave = to_wave(spec, cfg, n_iter=n_iter, generator=generator, known=past)
+        new = wave[..., past.shape[-1] :]
         settled = max(new.shape[-1] - 4 * window, 0)
         rest = new[..., settled:]
         past = torch.cat([past, new[..., :settled]], dim=-1)[..., -2 * window :]

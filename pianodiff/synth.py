@@ -42,50 +42,66 @@ _PIECES = (  # (seconds per unit, units per bar, units per pedal, bars)
 
 # %% ../nbs/17_synth.ipynb #585bce39
 def _bar_notes(bar: str, pedal: int) -> list[tuple[int, int, int, int]]:
-    """(onset, release, MIDI pitch, voice) of a bar's notes, in units; the pedal sustains bars that have a bass."""
+    """(onset, release, MIDI pitch, voice) of a bar's notes, in units; the pedal
+    sustains bars that have a bass.
+    """
     notes = []
     for voice, tokens in enumerate(bar.split("/")):
         onset = 0
         for chord, _, length in (token.partition("*") for token in tokens.split()):
             end = onset + int(length or 1)
-            release = max(end, (onset // pedal + 1) * pedal) if pedal and "/" in bar else end
+            release = end
+            if pedal and "/" in bar:
+                release = max(end, (onset // pedal + 1) * pedal)
             for name in chord.split("+") if chord != "." else []:
-                pitch = 12 * int(name[-1]) + 12 + "C D EF G A B".index(name[0]) + name.count("#") - name.count("b")
+                pitch = 12 * int(name[-1]) + 12 + "C D EF G A B".index(name[0])
+                pitch += name.count("#") - name.count("b")
                 notes.append((onset, release, pitch, voice))
             onset = end
     return notes
 
 # %% ../nbs/17_synth.ipynb #e72cc283
 def _tone(pitch: int, velocity: float, held: float, sample_rate: int = 8000) -> Tensor:
-    """One struck string, [T] float32: its partials below 3.9 kHz, held for `held` seconds, then damped in about 80 ms.
+    """One struck string, [T] float32: its partials below 3.9 kHz, held for `held`
+    seconds, then damped in about 80 ms.
 
-    Partials are at `n f_0 sqrt(1 + B n^2)` (Eq. (inharmonicity)), with B in the form of Rigaud et al. 2013;
-    velocity is in (0, 1].
+    Partials are at `n f_0 sqrt(1 + B n^2)` (Eq. (inharmonicity)), with B in the form of
+    Rigaud et al. 2013; velocity is in (0, 1].
     """
     f0 = 440 * 2 ** ((pitch - 69) / 12)
     B = math.exp(0.0926 * pitch - 13.64) + math.exp(-0.0847 * pitch - 5.82)
     n = torch.arange(1, int(3900 / f0) + 1, dtype=torch.float64)
     f = n * f0 * (1 + B * n**2).sqrt()
-    amplitude = velocity**1.5 * (torch.pi * n / 7.3).sin() * (-f / (300 + 1500 * velocity)).exp() * (f < 3900)
-    rate = 0.25 * (1 + f0 / 300) * (1 + f / 1500)  # of the slow stage, 1/s; the fast one's is five times as large
+    brightness = (-f / (300 + 1500 * velocity)).exp()
+    amplitude = velocity**1.5 * (torch.pi * n / 7.3).sin() * brightness * (f < 3900)
+    # of the slow stage, 1/s; the fast one's is five times as large
+    rate = 0.25 * (1 + f0 / 300) * (1 + f / 1500)
     poles = torch.cat([-5 * rate, -rate]) + 2j * torch.pi * torch.cat([f, f])
     weights = torch.cat([0.75 * amplitude, 0.25 * amplitude])[:, None]
-    t = torch.arange(round((held + 0.25) * sample_rate), dtype=torch.float64) / sample_rate
+    samples = round((held + 0.25) * sample_rate)
+    t = torch.arange(samples, dtype=torch.float64) / sample_rate
     coarse = (poles[:, None] * t[::256]).exp()
     fine = (poles[:, None] * torch.arange(256) / sample_rate).exp()
     wave = ((weights * coarse).T @ fine).imag.flatten()[: len(t)]
-    return (wave * (t * 250).clamp(max=1) * (-(t - held).clamp(min=0) / 0.027).exp()).float()
+    attack = (t * 250).clamp(max=1)
+    damping = (-(t - held).clamp(min=0) / 0.027).exp()
+    return (wave * attack * damping).float()
 
 # %% ../nbs/17_synth.ipynb #f3e6f21b
 def example_performance(seconds: float, seed: int = 0) -> Tensor:
-    """Public-domain piano music, [T] float32 mono at 8 kHz with a peak of 0.9: synthesised here, never a recording.
+    """Public-domain piano music, [T] float32 mono at 8 kHz with a peak of 0.9:
+    synthesised here, never a recording.
 
-    T = round(seconds * 8000). `seed` chooses the piece (Bach, Satie, Beethoven or Petzold), the bar it starts from,
-    key, tempo, rubato and touch; the piece is repeated for as long as it takes. It stands in for a data set in chapters
-    and tests: no person played it and no piano sounded. Raises ValueError unless seconds is from one sample to an hour.
+    T = round(seconds * 8000). `seed` chooses the piece (Bach, Satie, Beethoven or
+    Petzold), the bar it starts from, key, tempo, rubato and touch; the piece is
+    repeated for as long as it takes. It stands in for a data set in chapters and tests:
+    no person played it and no piano sounded. Raises ValueError unless seconds is from
+    one sample to an hour.
     """
     if not 1 / 8000 <= seconds <= 3600:
-        raise ValueError(f"seconds is {seconds}: give a length between 1/8000 and 3600 seconds")
+        raise ValueError(
+            f"seconds is {seconds}: give a length between 1/8000 and 3600 seconds"
+        )
     total = round(seconds * 8000)
     rng = np.random.default_rng(seed)
     unit, units, pedal, bars = _PIECES[rng.integers(len(_PIECES))]
@@ -96,12 +112,14 @@ def example_performance(seconds: float, seed: int = 0) -> Tensor:
     wave = torch.zeros(total)
     now = 0.0
     while now < seconds:
-        swell = math.cos(2 * math.pi * (bar / 4 + phase))  # a phrase of four bars hurries and grows, then relaxes
+        # a phrase of four bars hurries and grows, then relaxes
+        swell = math.cos(2 * math.pi * (bar / 4 + phase))
         beat = unit * (1 - 0.05 * swell + 0.02 * rng.uniform(-1, 1))
         for onset, release, pitch, voice in _bar_notes(bars[bar % len(bars)], pedal):
             velocity = 0.6 + 0.12 * swell - 0.04 * voice + 0.04 * rng.uniform(-1, 1)
             if (at := round((now + onset * beat) * 8000)) < total:
-                tone = _tone(int(pitch + key), velocity, (release - onset) * beat)[: total - at]
+                tone = _tone(int(pitch + key), velocity, (release - onset) * beat)
+                tone = tone[: total - at]
                 wave[at : at + len(tone)] += tone
         now += units * beat
         bar += 1

@@ -73,10 +73,10 @@ class Request:
         seed: the same seed gives the same music; drawn and printed if none is given
         model: a shipped name, a model's folder, or a Hub id (user/repo)
         steps: sampling steps a block: fewer are faster; beyond the default little is
-        gained
+            gained
         sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
         guidance: above 1, each block follows its predecessor more closely than the
-        model would by itself; 1 is none
+            model would by itself; 1 is none
         guidance_interval: the noise levels between which guidance is applied
         image: also draw the spectrogram, of the first minute, into this PNG file
         play: also play the music while it is made
@@ -105,7 +105,7 @@ def generate(request: _Flat, *, out: Path = Path("piano.wav")) -> None:
 
     Args:
         out: the sound file to write: .wav, .flac, .ogg, .mp3 or .aiff; or - for a WAV
-        stream on standard output
+            stream on standard output
     """
     _make(request, out, None)
 
@@ -118,9 +118,9 @@ def continue_(prompt: Annotated[Path, tyro.conf.arg(metavar="SOUND")], /,
 
     Args:
         prompt: the recording, in any format and at any rate; its last two seconds are
-        what the model hears
+            what the model hears
         out: the sound file to write, mono at 8 kHz: .wav, .flac, .ogg, .mp3 or .aiff;
-        or - for standard output
+            or - for standard output
     """
     _make(request, out, prompt)
 
@@ -327,7 +327,7 @@ def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
         store: what `pianodiff prepare` wrote
         run: the folder for checkpoints, logs, samples and the model
         init: start from the weights of this model (fine-tuning): a shipped name, a
-        folder, or a Hub id
+            folder, or a Hub id
     """
     from pianodiff.model import find_model
     from pianodiff.train import train as train_model
@@ -367,9 +367,9 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
 
     Args:
         generated: a model (a shipped name, a folder, or a Hub id); or a folder of sound
-        files, each begun with a block
+            files, each begun with a block
         reference: real music that the model was not trained on: whatever `prepare`
-        takes
+            takes
         out: the page to write (.html); the same figures go into a .json beside it
         pieces: how many a model makes, by seeds that count up from the seed
         seconds: length of each of them
@@ -378,7 +378,7 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
         training: the store that the model was trained on, to search for copies
         transpose: search for copies up to this many semitones higher or lower
         embeddings: logmel, vggish, vggish=FILE, or the name or folder of a Hugging Face
-        audio encoder
+            audio encoder
         splits: only these of the reference's train, validation and test; all by default
         blocks: how many blocks of the reference to read
         seed: of what is drawn; the same seed gives the same figures

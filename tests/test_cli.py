@@ -54,6 +54,19 @@ def test_help_is_quick():
     assert all(command in help_.stdout for command in ("generate", "continue", "prepare", "train", "info"))
 
 
+@pytest.mark.parametrize(("command", "phrases"), [
+    ("generate", ["WAV stream", "drawn and printed", "noise levels"]),
+    ("continue", ["at any rate", "drawn and printed"]),
+    ("prepare", ["MAESTRO's layout", "Dask scheduler"]), ("train", ["fine-tuning", "blocks a step"]),
+    ("evaluate", ["a folder of sound", "search for copies"]), ("info", ["a shipped name"])])
+def test_help_explains_the_options(command, phrases, capsys):
+    """A docstring that tyro can't parse is shown as it stands, and its options without a word."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = " ".join(re.sub(r"\x1b\[[\d;]*m|│", "", capsys.readouterr().out).split())
+    assert "Args:" not in out and [phrase for phrase in phrases if phrase not in out] == []
+
+
 def test_generate_writes_sound_and_picture(model, capsys):
     assert make(model, "--seed", "7", "--out", "piano.wav", "--image", "piano.png") == 0
     about = soundfile.info("piano.wav")

@@ -171,6 +171,32 @@ button that makes music. It needs a running kernel, and widgets: open this chapt
 Colab (<a href="https://colab.research.google.com">colab.research.google.com</a>), and run it from its top.</em></p>"""
 
 
+def _widgets() -> dict[str, Any]:
+    """The studio's controls by name, and `box`, which lays them out."""
+    import ipywidgets as w  # type: ignore[import-untyped]  # here, since it takes a while
+
+    auto = {"width": "auto"}
+    made = {
+        "seed": w.BoundedIntText(7, min=0, max=2**31 - 1, description="seed"),
+        "seconds": w.BoundedFloatText(8.0, min=0.1, max=600.0, description="seconds"),
+        "steps": w.IntSlider(NUM_STEPS, min=1, max=60, description="steps"),
+        "sampler": w.Dropdown(options=_SAMPLERS, value=SAMPLER, description="sampler"),
+        "guidance": w.FloatSlider(GUIDANCE, min=0.0, max=4.0, step=0.1, description="guidance"),
+        "prompt": w.FileUpload(accept="audio/*", description="go on from a file", layout=auto),
+        "forget": w.Button(description="from nothing", layout=auto),
+        "button": w.Button(description="Generate", button_style="primary"),
+        "progress": w.FloatProgress(min=0.0, max=1.0),
+        "status": w.Label(),
+        "output": w.Output(),
+    }
+    rows = [("seed", "seconds"), ("prompt", "forget"), ("sampler", "steps", "guidance"),
+            ("button", "progress", "status")]
+    left, files, right, below = ([made[name] for name in row] for row in rows)
+    settings = w.HBox([w.VBox([*left, w.HBox(files)]), w.VBox(right)],
+                      layout={"flex_flow": "row wrap"})
+    return made | {"box": w.VBox([settings, w.HBox(below), made["output"]])}
+
+# %% ../nbs/11_show.ipynb #625b5238
 class _Stopped(Exception):
     """The listener wants no more of it."""
 
@@ -179,25 +205,14 @@ class Studio:
     """What `studio` gives: shown as `box`, with each widget as an attribute."""
 
     def __init__(self, piano: Any) -> None:
-        import ipywidgets as w  # type: ignore[import-untyped]  # here, since it takes a while
-
         self.piano, self.stop, self.thread = piano, threading.Event(), threading.Thread()
-        self.seed = w.BoundedIntText(7, min=0, max=2**31 - 1, description="seed")
-        self.seconds = w.BoundedFloatText(8.0, min=0.1, max=600.0, description="seconds")
-        self.steps = w.IntSlider(NUM_STEPS, min=1, max=60, description="steps")
-        self.sampler = w.Dropdown(options=_SAMPLERS, value=SAMPLER, description="sampler")
-        self.guidance = w.FloatSlider(GUIDANCE, min=0.0, max=4.0, step=0.1, description="guidance")
-        self.prompt = w.FileUpload(accept="audio/*", description="go on from a file", layout={"width": "auto"})
-        self.forget = w.Button(description="from nothing", layout={"width": "auto"})
-        self.button = w.Button(description="Generate", button_style="primary")
-        self.progress = w.FloatProgress(min=0.0, max=1.0)
-        self.status, self.output = w.Label(), w.Output()
+        for name, widget in _widgets().items():
+            setattr(self, name, widget)
         self.button.on_click(lambda _: self.stop.set() if self.thread.is_alive() else self._start())
         self.forget.on_click(lambda _: self.prompt.set_trait("value", ()))
-        settings = [w.VBox([self.seed, self.seconds, w.HBox([self.prompt, self.forget])]),
-                    w.VBox([self.sampler, self.steps, self.guidance])]
-        self.box = w.VBox([w.HBox(settings, layout={"flex_flow": "row wrap"}),
-                           w.HBox([self.button, self.progress, self.status]), self.output])
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers: the widgets are attributes
+        raise AttributeError(name)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         return {**self.box._repr_mimebundle_(**kwargs), "text/html": _NO_KERNEL}  # for pages that have no widgets

@@ -154,7 +154,8 @@ def test_a_figure_by_hand_is_found(text: str):
 def test_the_workflow_calls_the_makefile_alone():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    lines = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    lines = [line for line in steps if not line.startswith("choco install make ")]    # Windows brings none
     assert {line.split()[1] for line in lines} == {"test", "test-long", "book", "piano"} <= targets
     assert all(line.split()[0] == "make" and "\n" not in line.strip() for line in lines)
     assert workflow["jobs"]["build"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]

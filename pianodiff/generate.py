@@ -34,22 +34,28 @@ from .unet import Past, UNet
 
 # %% ../nbs/08_generate.ipynb #8a010004
 def draws(seeds: Sequence[int], block: int) -> Callable[[Tensor], Tensor]:
-    """A source of Gaussian noise for one block of each seed's piece: a function of x `[N, ...]`, for N seeds.
+    """A source of Gaussian noise for one block of each seed's piece: a function of x
+    `[N, ...]`, for N seeds.
 
-    Each call draws more, of x's shape, dtype and device; item n depends on seeds[n] and the block's number alone.
+    Each call draws more, of x's shape, dtype and device; item n depends on seeds[n] and
+    the block's number alone.
     """
     generators = [generator(seed, 0, block) for seed in seeds]
 
     def noise(x: Tensor) -> Tensor:
-        drawn = [torch.randn(1, *x.shape[1:], generator=own, dtype=x.dtype) for own in generators]
+        shape = 1, *x.shape[1:]
+        drawn = [torch.randn(shape, generator=own, dtype=x.dtype) for own in generators]
         return torch.cat(drawn).to(x.device)
 
     return noise
 
 # %% ../nbs/08_generate.ipynb #1a077238
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "heun": sampler.heun_sample, "euler": sampler.euler_sample, "dpmpp_2m": sampler.dpmpp_2m_sample,
-    "euler_ancestral": sampler.euler_ancestral_sample, "dpmpp_3m_sde": sampler.dpmpp_3m_sde_sample,
+    "heun": sampler.heun_sample,
+    "euler": sampler.euler_sample,
+    "dpmpp_2m": sampler.dpmpp_2m_sample,
+    "euler_ancestral": sampler.euler_ancestral_sample,
+    "dpmpp_3m_sde": sampler.dpmpp_3m_sde_sample,
 }
 _STOCHASTIC = ("euler_ancestral", "dpmpp_3m_sde")  # these draw noise on the way
 
@@ -58,7 +64,8 @@ _STOCHASTIC = ("euler_ancestral", "dpmpp_3m_sde")  # these draw noise on the way
 class Sampling:
     """How blocks are drawn from noise.
 
-    Raises ValueError for a setting that can't be used, TypeError for one of another type.
+    Raises ValueError for a setting that can't be used, TypeError for one of another
+    type.
 
     Attributes:
         sampler: one of SAMPLERS
@@ -84,20 +91,24 @@ def _number(name: str, value: Any) -> Any:
 
 
 def _check_sampling(how: Sampling) -> None:
+    interval, names = how.guidance_interval, ", ".join(SAMPLERS)
     if how.sampler not in list(SAMPLERS):
-        raise ValueError(f"there is no sampler {how.sampler!r}; choose of {', '.join(SAMPLERS)}")
+        raise ValueError(f"there is no sampler {how.sampler!r}; choose of {names}")
     if not math.isfinite(_number("guidance", how.guidance)):
         raise ValueError(f"guidance must be finite, not {how.guidance}; 1 is none")
-    if not (isinstance(how.guidance_interval, Sequence) and len(how.guidance_interval) == 2):
+    if not (isinstance(interval, Sequence) and len(interval) == 2):
         raise TypeError("guidance_interval must be two noise levels (low, high)")
-    low, high = (_number("a level of guidance_interval", level) for level in how.guidance_interval)
+    low, high = (_number("a level of guidance_interval", level) for level in interval)
     if not 0 <= low < high:
-        raise ValueError(f"guidance_interval must be noise levels low < high from 0, not {low} and {high}")
+        raise ValueError("guidance_interval must be noise levels low < high from 0, "
+                         f"not {low} and {high}")
     karras_sigmas(_number("num_steps", how.num_steps))  # checks the number
 
 # %% ../nbs/08_generate.ipynb #325589c0
 def guided(denoise: Denoise, pair: Any, how: Sampling) -> Denoise:
-    """The denoiser of Eq. (guidance): `pair` holds the null condition of each block, then the predecessors, encoded."""
+    """The denoiser of Eq. (guidance): `pair` holds the null condition of each block,
+    then the predecessors, encoded.
+    """
     low, high = how.guidance_interval
 
     def denoise_guided(x: Tensor, sigma: Tensor, past: Any) -> Tensor:
@@ -121,8 +132,10 @@ class Progress(NamedTuple):
 Callback = Callable[[Progress], Any]
 
 
-def condition(piano: "Piano", prev: Tensor | None, count: int, how: Sampling) -> tuple[Denoise, Past]:
-    """The denoiser of `count` blocks, and the condition that it takes: the encoded predecessors.
+def condition(piano: "Piano", prev: Tensor | None, count: int,
+              how: Sampling) -> tuple[Denoise, Past]:
+    """The denoiser of `count` blocks, and the condition that it takes: the encoded
+    predecessors.
 
     `prev` `[count, 1, F, W]` is standardised; None stands for the null condition.
     """
@@ -134,11 +147,14 @@ def condition(piano: "Piano", prev: Tensor | None, count: int, how: Sampling) ->
 
 
 @torch.inference_mode()
-def blocks(piano: "Piano", seeds: Sequence[int], how: Sampling, prev: Tensor | None = None,
-           num_blocks: int | None = None, callback: Callback | None = None) -> Iterator[Tensor]:
-    """Blocks `[N, n_bins, n_frames]` in [0, 1] of N seeds' pieces, each made from noise and the blocks before it.
+def blocks(piano: "Piano", seeds: Sequence[int], how: Sampling,
+           prev: Tensor | None = None, num_blocks: int | None = None,
+           callback: Callback | None = None) -> Iterator[Tensor]:
+    """Blocks `[N, n_bins, n_frames]` in [0, 1] of N seeds' pieces, each made from noise
+    and the blocks before it.
 
-    `prev`, of the same shape, is what comes before the first. Without `num_blocks` they never end.
+    `prev`, of the same shape, is what comes before the first. Without `num_blocks` they
+    never end.
     """
     mean, scale = piano.config["mean"], piano.config["std"] / piano.denoiser.sigma_data
     shape = len(seeds), 1, piano.cfg.n_bins, piano.cfg.n_frames
@@ -147,18 +163,20 @@ def blocks(piano: "Piano", seeds: Sequence[int], how: Sampling, prev: Tensor | N
         latents = noise(torch.empty(shape, device=piano.device))
         standard = None if prev is None else (prev[:, None] - mean) / scale
         denoise, past = condition(piano, standard, len(seeds), how)
-        settings: dict[str, Any] = {"num_steps": how.num_steps, **piano.noise_levels, "dtype": torch.float32}
-        if how.sampler in _STOCHASTIC:
-            settings["randn_like"] = noise
-        if callback:
-            settings["callback"] = functools.partial(_report, callback, k, num_blocks, how.num_steps)
-        z = SAMPLERS[how.sampler](denoise, latents, past, **settings)
+        extra = {"randn_like": noise} if how.sampler in _STOCHASTIC else {}
+        begun = Progress(k, num_blocks, 0, how.num_steps)
+        report = functools.partial(_report, callback, begun)
+        z = SAMPLERS[how.sampler](denoise, latents, past, num_steps=how.num_steps,
+                                  **piano.noise_levels, dtype=torch.float32,
+                                  callback=report, **extra)
         prev = (mean + scale * z[:, 0]).clamp(0, 1)  # Eq. (standardise)
         yield prev
 
 
-def _report(callback: Callback, block: int, num_blocks: int | None, num_steps: int, state: dict[str, Any]) -> None:
-    callback(Progress(block, num_blocks, state["i"] + 1, num_steps))
+def _report(callback: Callback | None, begun: Progress, state: dict[str, Any]) -> None:
+    """Tell the callback of a step of the block that has begun."""
+    if callback:
+        callback(begun._replace(step=state["i"] + 1))
 
 # %% ../nbs/08_generate.ipynb #5c04f91d
 Prompt = Tensor | np.ndarray | str | os.PathLike[str]
@@ -178,46 +196,60 @@ def _read_prompt(prompt: Prompt, cfg: SpectrogramConfig) -> Tensor:
     if isinstance(prompt, str | os.PathLike):
         prompt = load_audio(prompt, cfg.sample_rate)
     if not isinstance(prompt, Tensor | np.ndarray):
-        raise TypeError(f"the prompt must be a wave [T] or the path of a sound file, not {type(prompt).__name__}")
-    wave, rate = torch.as_tensor(prompt, dtype=torch.float32), getattr(prompt, "sample_rate", cfg.sample_rate)
+        raise TypeError("the prompt must be a wave [T] or the path of a sound file, "
+                        f"not {type(prompt).__name__}")
+    wave = torch.as_tensor(prompt, dtype=torch.float32)
+    rate, wanted = getattr(prompt, "sample_rate", cfg.sample_rate), cfg.sample_rate
     if wave.ndim != 1:
-        raise ValueError(f"the prompt must be a wave [T], not of shape {list(wave.shape)}; average its channels")
-    if rate != cfg.sample_rate:
-        raise ValueError(f"the prompt has {rate} Hz, the model {cfg.sample_rate}; save it, and give its path")
+        raise ValueError("the prompt must be a wave [T], not of shape "
+                         f"{list(wave.shape)}; average its channels")
+    if rate != wanted:
+        raise ValueError(f"the prompt has {rate} Hz, the model {wanted}; save it, "
+                         "and give its path")
     if len(wave) < cfg.block_samples:
-        length = len(wave) / cfg.sample_rate
-        raise ValueError(f"the prompt lasts {length:.3f} s; give at least {cfg.block_seconds:.3f} s")
+        raise ValueError(f"the prompt lasts {len(wave) / wanted:.3f} s; "
+                         f"give at least {cfg.block_seconds:.3f} s")
     return wave
 
 
-def continue_from(prompt: Prompt | None, cfg: SpectrogramConfig, device: torch.device | str = "cpu") -> Start:
-    """Scale and cut a prompt so that its frames end where it ends; without one, nothing is known."""
+def continue_from(prompt: Prompt | None, cfg: SpectrogramConfig,
+                  device: torch.device | str = "cpu") -> Start:
+    """Scale and cut a prompt so that its frames end where it ends; without one, nothing
+    is known.
+    """
     if prompt is None:
         nothing = torch.zeros(cfg.n_bins, 0, device=device)
         return Start(None, nothing[0], nothing, 1.0)
     wave, peak = normalize_peak(_read_prompt(prompt, cfg))
-    known = 2 * cfg.n_fft // cfg.hop_length  # frames: two windows
-    frames = min(len(wave) // cfg.hop_length, cfg.n_frames + cfg.n_fft // cfg.hop_length)
-    wave = wave[-frames * cfg.hop_length :].to(device)
+    hop, window = cfg.hop_length, cfg.n_fft // cfg.hop_length  # window: in frames
+    frames = min(len(wave) // hop, cfg.n_frames + window)
+    wave = wave[-frames * hop :].to(device)
     spec = to_spectrogram(wave, cfg)[:, -cfg.n_frames :]
-    whole = cfg.n_frames + 1 - cfg.n_fft // (2 * cfg.hop_length)  # the frames after it reach beyond the end
+    whole = cfg.n_frames + 1 - cfg.n_fft // (2 * hop)  # later ones reach beyond the end
     spec[:, whole:] = spec[:, whole - 1 : whole]
-    return Start(spec, wave[-known * cfg.hop_length :], spec[:, -known:], peak)
+    return Start(spec, wave[-2 * window * hop :], spec[:, -2 * window :], peak)
 
 # %% ../nbs/08_generate.ipynb #8a010018
-def wave_of(spec: Tensor, start: Start, cfg: SpectrogramConfig, seed: int, total: int) -> Wave:
-    """The first `total` samples of a spectrogram `[n_bins, frames]`, inverted as one; the seed fixes what is drawn."""
+def wave_of(spec: Tensor, start: Start, cfg: SpectrogramConfig, seed: int,
+            total: int) -> Wave:
+    """The first `total` samples of a spectrogram `[n_bins, frames]`, inverted as one;
+    the seed fixes what is drawn.
+    """
     whole = torch.cat([start.spec, spec], dim=1)
-    wave = to_wave(whole, cfg, generator=generator(seed, 1), known=start.wave)[len(start.wave) :]
-    return Wave(start.peak * wave[:total].cpu(), cfg.sample_rate, seed)
+    wave = to_wave(whole, cfg, generator=generator(seed, 1), known=start.wave)
+    new = wave[len(start.wave) :][:total].cpu()
+    return Wave(start.peak * new, cfg.sample_rate, seed)
 
 
 def pieces_of(blocks: Iterable[Tensor], start: Start, cfg: SpectrogramConfig, seed: int,
               total: int | None = None) -> Iterator[Wave]:
-    """The sound of blocks `[n_bins, n_frames]` as soon as each is there, up to sample `total`."""
-    specs = (block if k else torch.cat([start.spec, block], dim=1) for k, block in enumerate(blocks))
-    sent = 0
-    for piece in stream_wave(specs, cfg, generator=generator(seed, 1), known=start.wave):
+    """The sound of blocks `[n_bins, n_frames]` as soon as each is there, up to sample
+    `total`.
+    """
+    specs = (block if k else torch.cat([start.spec, block], dim=1)
+             for k, block in enumerate(blocks))
+    sent, drawn = 0, generator(seed, 1)
+    for piece in stream_wave(specs, cfg, generator=drawn, known=start.wave):
         new = piece if total is None else piece[: max(total - sent, 0)]
         sent += len(piece)
         if len(new):
@@ -238,19 +270,23 @@ class Task(NamedTuple):
     callback: Callback | None
 
 
-def _asked(piano: "Piano", seconds: float | None, seeds: Sequence[Seed], *, prompt: Prompt | None = None,
-           callback: Callback | None = None, **settings: Any) -> Task:
-    total = None if seconds is None else _samples(seconds, piano.cfg)
+def _asked(piano: "Piano", seconds: float | None, seeds: Sequence[Seed], *,
+           prompt: Prompt | None = None, callback: Callback | None = None,
+           **settings: Any) -> Task:
     if not len(seeds):
         raise ValueError("there are no seeds; give at least one")
-    return Task(total, [_seed(seed) for seed in seeds], continue_from(prompt, piano.cfg, piano.device),
-                Sampling(**settings), callback)
+    total = None if seconds is None else _samples(seconds, piano.cfg)
+    known = [_seed(seed) for seed in seeds]
+    start = continue_from(prompt, piano.cfg, piano.device)
+    return Task(total, known, start, Sampling(**settings), callback)
 
 
 def _samples(seconds: float, cfg: SpectrogramConfig) -> int:
-    total = round(seconds * cfg.sample_rate) if 0 < _number("seconds", seconds) <= MAX_SECONDS else 0
+    possible = 0 < _number("seconds", seconds) <= MAX_SECONDS
+    total = round(seconds * cfg.sample_rate) if possible else 0
     if not total:
-        raise ValueError(f"seconds must be more than 0 and at most {MAX_SECONDS} (a day), not {seconds}")
+        raise ValueError("seconds must be more than 0 and at most "
+                         f"{MAX_SECONDS} (a day), not {seconds}")
     return total
 
 
@@ -259,7 +295,8 @@ def _seed(seed: Any) -> int:
     if seed is None:
         return secrets.randbelow(2**31)
     if isinstance(seed, list | tuple | range):
-        raise TypeError("seed must be one number; several are for `waves` and `spectrograms`")
+        raise TypeError("seed must be one number; several are for `waves` and "
+                        "`spectrograms`")
     if not (_number("seed", seed) >= 0 and seed % 1 == 0):
         raise ValueError(f"seed must be a whole number from 0, not {seed}")
     return int(seed)
@@ -278,24 +315,41 @@ def _bar(callback: Callback | None, steps: int) -> Iterator[Callback | None]:
         yield lambda progress: bar.update()
 
 
-def _made(piano: "Piano", task: Task, callback: Callback | None, num_blocks: int | None) -> Iterator[Tensor]:
+def _made(piano: "Piano", task: Task, callback: Callback | None,
+          num_blocks: int | None) -> Iterator[Tensor]:
     """The blocks `[N, n_bins, n_frames]` of a task."""
-    prev = None if task.start.prev is None else task.start.prev.expand(len(task.seeds), -1, -1)
+    prev = task.start.prev
+    if prev is not None:
+        prev = prev.expand(len(task.seeds), -1, -1)
     return blocks(piano, task.seeds, task.how, prev, num_blocks, callback)
 
 
-def _whole(piano: "Piano", task: Task, total: int) -> Tensor:
-    """All blocks of a task, joined: `[N, n_bins, frames]`."""
+def _joined(piano: "Piano", task: Task, total: int) -> Tensor:
+    """All blocks of a task of `total` samples: `[N, n_bins, frames]`."""
     num_blocks = math.ceil(total / piano.cfg.block_samples)
     with _bar(task.callback, num_blocks * task.how.num_steps) as callback:
         return torch.cat([*_made(piano, task, callback, num_blocks)], dim=2)
 
 
+def _spectrograms(piano: "Piano", task: Task) -> Tensor:
+    assert task.total is not None
+    frames = math.ceil(task.total / piano.cfg.hop_length)
+    return _joined(piano, task, task.total)[..., :frames].cpu()
+
+
+def _waves(piano: "Piano", task: Task) -> list[Wave]:
+    assert task.total is not None
+    specs = _joined(piano, task, task.total)
+    return [wave_of(spec, task.start, piano.cfg, seed, task.total)
+            for spec, seed in zip(specs, task.seeds, strict=True)]
+
+
 def _stream(piano: "Piano", task: Task) -> Iterator[Wave]:
     """A task's sound, while it is made."""
-    num_blocks = None if task.total is None else math.ceil(task.total / piano.cfg.block_samples)
+    total, length = task.total, piano.cfg.block_samples
+    num_blocks = None if total is None else math.ceil(total / length)
     made = (block[0] for block in _made(piano, task, task.callback, num_blocks))
-    return pieces_of(made, task.start, piano.cfg, task.seeds[0], task.total)
+    return pieces_of(made, task.start, piano.cfg, task.seeds[0], total)
 
 # %% ../nbs/08_generate.ipynb #8a01001e
 class Keywords(TypedDict, total=False):
@@ -314,10 +368,13 @@ T = TypeVar("T")
 
 
 def _spelt_out(method: Callable[P, T]) -> Callable[P, T]:
-    """Let `method(..., **how)` show all `Keywords` in its signature, and say which was meant by another one."""
-    own, kind = inspect.signature(method), inspect.Parameter.KEYWORD_ONLY
-    shared = [*inspect.signature(_asked).parameters.values(), *inspect.signature(Sampling).parameters.values()]
-    keywords = [field.replace(kind=kind) for field in shared if field.name in Keywords.__annotations__]
+    """Let `method(..., **how)` show all `Keywords` in its signature, and say which was
+    meant by another one.
+    """
+    own, asked, sampling = map(inspect.signature, (method, _asked, Sampling))
+    shared = {**asked.parameters, **sampling.parameters}
+    keywords = [shared[name].replace(kind=inspect.Parameter.KEYWORD_ONLY)
+                for name in Keywords.__annotations__]
     shown = own.replace(parameters=[*list(own.parameters.values())[:-1], *keywords])
 
     @functools.wraps(method)
@@ -335,26 +392,31 @@ def _spelt_out(method: Callable[P, T]) -> Callable[P, T]:
 class Piano:
     """A trained model as one object: music from a seed, or from the end of other music.
 
-    `Piano("nano")` opens a shipped model, a folder or a Hub id ("user/repo"); `Piano(net, config)` takes a network with
-    its configuration. `device` is by default a GPU if there is one. Raises FileNotFoundError if there is no such model,
+    `Piano("nano")` opens a shipped model, a folder or a Hub id ("user/repo");
+    `Piano(net, config)` takes a network with its configuration. `device` is by default
+    a GPU if there is one. Raises FileNotFoundError if there is no such model,
     ValueError if its files are damaged or `device` isn't here.
 
-    All methods share their keywords. `seed` (a whole number from 0; None draws one) fixes the music: block k's noise
-    depends on it and on k alone, so a longer piece begins with the same blocks. `prompt` is a wave `[T]` at the model's
-    sample rate, a tensor or an array, or the path of a sound file; one block long or longer, to go on from. `sampler`
-    is one of SAMPLERS, with `num_steps` steps; `guidance` is the w of Eq. (guidance), 1 for none, at the noise levels
-    low < sigma <= high of `guidance_interval`. `callback` gets a `Progress` in each sampling step. Results are on the
-    CPU. A length, prompt or setting that can't be used raises ValueError, one of another type TypeError.
+    All methods share their keywords. `seed` (a whole number from 0; None draws one)
+    fixes the music: block k's noise depends on it and on k alone, so a longer piece
+    begins with the same blocks. `prompt` is a wave `[T]` at the model's sample rate, a
+    tensor or an array, or the path of a sound file; one block long or longer, to go on
+    from. `sampler` is one of SAMPLERS, with `num_steps` steps; `guidance` is the w of
+    Eq. (guidance), 1 for none, at the noise levels low < sigma <= high of
+    `guidance_interval`. `callback` gets a `Progress` in each sampling step. Results are
+    on the CPU. A length, prompt or setting that can't be used raises ValueError, one of
+    another type TypeError.
     """
 
-    def __init__(self, net: UNet | str | os.PathLike[str] = "nano", config: dict[str, Any] | None = None,
+    def __init__(self, net: UNet | str | os.PathLike[str] = "nano",
+                 config: dict[str, Any] | None = None,
                  device: str | torch.device | None = None) -> None:
         net, self.config = _opened(net, config)
         self.net, self.device = _placed(net, device)
         self.cfg = SpectrogramConfig(**self.config["spectrogram"])
         self.noise_levels = noise_levels(self.config)
-        sigma_max = self.noise_levels["sigma_max"]
-        self.denoiser = Denoiser(self.net, self.config["sigma_data"], sigma_max=sigma_max)
+        self.denoiser = Denoiser(self.net, self.config["sigma_data"],
+                                 sigma_max=self.noise_levels["sigma_max"])
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str] = "nano",
@@ -365,60 +427,79 @@ class Piano:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as a folder that `Piano` opens; weights are stored in fp16.
 
-        Raises ValueError if `folder` is there and is something else than a model: it would be replaced.
+        Raises ValueError if `folder` is there and is something else than a model: it
+        would be replaced.
         """
         save_model(folder, self.net, self.config)
 
     def __repr__(self) -> str:
-        millions, cfg = sum(p.numel() for p in self.net.parameters()) / 1e6, self.cfg
-        return (f"Piano({self.config.get('name')!r}: {millions:.3g} million parameters, blocks of "
-                f"{cfg.block_seconds:g} s at {cfg.sample_rate} Hz, on {self.device})")
+        millions = sum(weights.numel() for weights in self.net.parameters()) / 1e6
+        blocks = f"{self.cfg.block_seconds:g} s at {self.cfg.sample_rate} Hz"
+        return (f"Piano({self.config.get('name')!r}: {millions:.3g} million parameters, "
+                f"blocks of {blocks}, on {self.device})")
 
     @_spelt_out
-    def spectrogram(self, seconds: float, *, seed: Seed = None, **how: Unpack[Keywords]) -> Tensor:
-        """The spectrogram `[n_bins, frames]` in [0, 1] of `seconds` of new music; the last hop may be a part of one."""
+    def spectrogram(self, seconds: float, *, seed: Seed = None,
+                    **how: Unpack[Keywords]) -> Tensor:
+        """The spectrogram `[n_bins, frames]` in [0, 1] of `seconds` of new music; the
+        last hop may be a part of one.
+        """
         return self.spectrograms(seconds, [seed], **how)[0]
 
     @_spelt_out
-    def spectrograms(self, seconds: float, seeds: Sequence[Seed], **how: Unpack[Keywords]) -> Tensor:
-        """`spectrogram`'s of each seed, `[N, n_bins, frames]`, made side by side: the same but for rounding, sooner."""
-        task, total = _asked(self, seconds, seeds, **how), _samples(seconds, self.cfg)
-        return _whole(self, task, total)[..., : math.ceil(total / self.cfg.hop_length)].cpu()
+    def spectrograms(self, seconds: float, seeds: Sequence[Seed],
+                     **how: Unpack[Keywords]) -> Tensor:
+        """`spectrogram`'s of each seed, `[N, n_bins, frames]`, made side by side: the
+        same but for rounding, sooner.
+        """
+        task = _asked(self, _number("seconds", seconds), seeds, **how)
+        return _spectrograms(self, task)
 
     @_spelt_out
-    def generate(self, seconds: float, *, seed: Seed = None, **how: Unpack[Keywords]) -> Wave:
-        """`seconds` of new music `[T]`, T = round(seconds * sample_rate); after a prompt the new sound alone.
+    def generate(self, seconds: float, *, seed: Seed = None,
+                 **how: Unpack[Keywords]) -> Wave:
+        """`seconds` of new music `[T]`, T = round(seconds * sample_rate); after a
+        prompt the new sound alone.
 
-        The blocks are joined and inverted as one spectrogram (section III-E). Phase retrieval starts from the prompt's
-        own phases; what it draws, the seed fixes. The `Wave` knows its seed, also one that was drawn.
+        The blocks are joined and inverted as one spectrogram (section III-E). Phase
+        retrieval starts from the prompt's own phases; what it draws, the seed fixes.
+        The `Wave` knows its seed, also one that was drawn.
         """
         return self.waves(seconds, [seed], **how)[0]
 
     @_spelt_out
-    def waves(self, seconds: float, seeds: Sequence[Seed], **how: Unpack[Keywords]) -> list[Wave]:
-        """`generate`'s of each seed, made side by side, sooner; their spectrograms are the same but for rounding."""
-        task, total = _asked(self, seconds, seeds, **how), _samples(seconds, self.cfg)
-        specs = _whole(self, task, total)
-        return [wave_of(spec, task.start, self.cfg, seed, total) for spec, seed in zip(specs, task.seeds, strict=True)]
+    def waves(self, seconds: float, seeds: Sequence[Seed],
+              **how: Unpack[Keywords]) -> list[Wave]:
+        """`generate`'s of each seed, made side by side, sooner; their spectrograms are
+        the same but for rounding.
+        """
+        task = _asked(self, _number("seconds", seconds), seeds, **how)
+        return _waves(self, task)
 
     @_spelt_out
-    def stream(self, seconds: float | None = None, *, seed: Seed = None, **how: Unpack[Keywords]) -> Iterator[Wave]:
-        """The same music in playable pieces `[t]`, each as soon as its block is made; without `seconds` it never ends.
+    def stream(self, seconds: float | None = None, *, seed: Seed = None,
+               **how: Unpack[Keywords]) -> Iterator[Wave]:
+        """The same music in playable pieces `[t]`, each as soon as its block is made;
+        without `seconds` it never ends.
 
-        Joined, the pieces have round(seconds * sample_rate) samples and no clicks. Each but the last ends four windows
-        before its block does (`stream_wave`), so the phases differ from `generate`'s, which knows all blocks. Memory
-        does not grow with the length.
+        Joined, the pieces have round(seconds * sample_rate) samples and no clicks. Each
+        but the last ends four windows before its block does (`stream_wave`), so the
+        phases differ from `generate`'s, which knows all blocks. Memory does not grow
+        with the length.
         """
         return _stream(self, _asked(self, seconds, [seed], **how))
 
 # %% ../nbs/08_generate.ipynb #8a010020
 def _opened(net: Any, config: dict[str, Any] | None) -> tuple[UNet, dict[str, Any]]:
-    """A network with its configuration: these, or those of the model that `net` names."""
+    """A network with its configuration: these, or those of the model that `net`
+    names.
+    """
     if isinstance(net, UNet) and isinstance(config, dict):
         return net, config
     if isinstance(net, str | os.PathLike) and config is None:
         return load_model(find_model(net))
-    raise TypeError("give a model's name, as in Piano('nano', device='cpu'), or a network and its configuration")
+    raise TypeError("give a model's name, as in Piano('nano', device='cpu'), "
+                    "or a network and its configuration")
 
 
 def _placed(net: UNet, device: str | torch.device | None) -> tuple[UNet, torch.device]:
@@ -428,6 +509,7 @@ def _placed(net: UNet, device: str | torch.device | None) -> tuple[UNet, torch.d
         net = net.eval().requires_grad_(False).to(place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the device {str(device)!r} can't be used ({reason}); 'cpu' always can") from error
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
+        raise ValueError(f"the device {str(device)!r} can't be used ({reason}); "
+                         "'cpu' always can") from error
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net, place

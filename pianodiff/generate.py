@@ -371,7 +371,8 @@ def _spelt_out(method: Callable[P, T]) -> Callable[P, T]:
     """Let `method(..., **how)` show all `Keywords` in its signature, and say which was
     meant by another one.
     """
-    own, asked, sampling = map(inspect.signature, (method, _asked, Sampling))
+    own = inspect.signature(method)
+    asked, sampling = inspect.signature(_asked), inspect.signature(Sampling)
     shared = {**asked.parameters, **sampling.parameters}
     keywords = [shared[name].replace(kind=inspect.Parameter.KEYWORD_ONLY)
                 for name in Keywords.__annotations__]

@@ -479,7 +479,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'pianodiff.sde.score_from_denoiser': ('sde.html#score_from_denoiser', 'pianodiff/sde.py'),
                                'pianodiff.sde.score_from_noise': ('sde.html#score_from_noise', 'pianodiff/sde.py')},
             'pianodiff.show': { 'pianodiff.show.Studio': ('show.html#studio', 'pianodiff/show.py'),
-                                'pianodiff.show.Studio.__getattr__': ('show.html#studio.__getattr__', 'pianodiff/show.py'),
                                 'pianodiff.show.Studio.__init__': ('show.html#studio.__init__', 'pianodiff/show.py'),
                                 'pianodiff.show.Studio._generate': ('show.html#studio._generate', 'pianodiff/show.py'),
                                 'pianodiff.show.Studio._report': ('show.html#studio._report', 'pianodiff/show.py'),

@@ -435,9 +435,8 @@ class Piano:
 
     def __repr__(self) -> str:
         millions = sum(weights.numel() for weights in self.net.parameters()) / 1e6
-        blocks = f"{self.cfg.block_seconds:g} s at {self.cfg.sample_rate} Hz"
-        return (f"Piano({self.config.get('name')!r}: {millions:.3g} million parameters, "
-                f"blocks of {blocks}, on {self.device})")
+        return (f"Piano({self.config.get('name')!r}: {millions:.3g} million parameters, blocks of "
+                f"{self.cfg.block_seconds:g} s at {self.cfg.sample_rate} Hz, on {self.device})")
 
     @_spelt_out
     def spectrogram(self, seconds: float, *, seed: Seed = None,
@@ -453,8 +452,7 @@ class Piano:
         """`spectrogram`'s of each seed, `[N, n_bins, frames]`, made side by side: the
         same but for rounding, sooner.
         """
-        task = _asked(self, _number("seconds", seconds), seeds, **how)
-        return _spectrograms(self, task)
+        return _spectrograms(self, _asked(self, _number("seconds", seconds), seeds, **how))
 
     @_spelt_out
     def generate(self, seconds: float, *, seed: Seed = None,
@@ -474,8 +472,7 @@ class Piano:
         """`generate`'s of each seed, made side by side, sooner; their spectrograms are
         the same but for rounding.
         """
-        task = _asked(self, _number("seconds", seconds), seeds, **how)
-        return _waves(self, task)
+        return _waves(self, _asked(self, _number("seconds", seconds), seeds, **how))
 
     @_spelt_out
     def stream(self, seconds: float | None = None, *, seed: Seed = None,

@@ -204,15 +204,25 @@ class _Stopped(Exception):
 class Studio:
     """What `studio` gives: shown as `box`, with each widget as an attribute."""
 
+    seed: Any
+    seconds: Any
+    steps: Any
+    sampler: Any
+    guidance: Any
+    prompt: Any
+    forget: Any
+    button: Any
+    progress: Any
+    status: Any
+    output: Any
+    box: Any
+
     def __init__(self, piano: Any) -> None:
         self.piano, self.stop, self.thread = piano, threading.Event(), threading.Thread()
         for name, widget in _widgets().items():
             setattr(self, name, widget)
         self.button.on_click(lambda _: self.stop.set() if self.thread.is_alive() else self._start())
         self.forget.on_click(lambda _: self.prompt.set_trait("value", ()))
-
-    def __getattr__(self, name: str) -> Any:  # for type checkers: the widgets are attributes
-        raise AttributeError(name)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         return {**self.box._repr_mimebundle_(**kwargs), "text/html": _NO_KERNEL}  # for pages that have no widgets

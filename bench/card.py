@@ -5,12 +5,15 @@ weights.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from table import update
+
+from pianodiff import NUM_STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "pianodiff" / "weights"
@@ -59,6 +62,15 @@ def between(low: float, high: float, digits: int) -> str:
 def table(header: str, rows: list[str]) -> str:
     columns = header.count("|") - 1
     return "\n".join([header, "|---" * columns + "|", *rows]) + "\n"
+
+
+def sampled(reports: dict[str, dict[str, Any]]) -> str:
+    """Says so if the reports' music was sampled otherwise than the models are today; nothing if it was not."""
+    steps = {int(re.findall(r"--steps (\d+)", report["command"])[0]) for report in reports.values()}
+    if steps == {NUM_STEPS}:
+        return ""
+    return (f"The music of these figures was sampled in {' or '.join(map(str, sorted(steps)))} steps a block, by the "
+            "defaults of an earlier version.\n")
 
 
 def distances(reports: dict[str, dict[str, Any]]) -> str:
@@ -172,10 +184,10 @@ def parts(shipped: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[Pat
     reports = {model: report for model, (_, report) in shipped.items()}
     ages = "".join(f"`{model}` has seen {history(training)}.\n" for model, training in trainings.items())
     cards = {MODELS / model / "README.md": f"It has seen {history(training)}.\n\n{losses(training)}\n"
-             + "\n".join(measure({model: reports[model]}) for measure in (distances, music))
+             + "\n".join(measure({model: reports[model]}) for measure in (distances, music, sampled))
              for model, training in trainings.items()}
-    return cards | {ROOT / "README.md": in_short(trainings, reports),
-                    ROOT / "book" / "bench.md": f"{ages}\n{distances(reports)}\n{music(reports)}",
+    return cards | {ROOT / "README.md": in_short(trainings, reports) + sampled(reports),
+                    ROOT / "book" / "bench.md": f"{ages}\n{distances(reports)}\n{music(reports)}\n{sampled(reports)}",
                     ROOT / "book" / "related.md": cost(trainings)}
 
 

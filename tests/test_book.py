@@ -435,12 +435,12 @@ def test_a_check_finds_its_fault(name: str, context: "BrowserContext", tmp_path:
 
 def test_search_finds_preconditioning(context: "BrowserContext", site: str):
     opened = visit(context, f"{site}search.html?q=preconditioning")
-    opened.page.wait_for_selector("#search-results li a[href*='05_edm']")
+    opened.page.wait_for_selector("#search-results li a[href*='07_edm']")
     assert noises(opened) == strangers(opened) == []
     opened.page.close()
 
 
-@pytest.mark.parametrize("name", ["nbs/00_intro", "nbs/08_generate", "nbs/11_show"])
+@pytest.mark.parametrize("name", ["nbs/00_intro", "nbs/12_generate", "nbs/23_show"])
 def test_a_page_opens_from_a_folder(name: str, context: "BrowserContext", book: Path):
     opened = visit(context, (book / f"{name}.html").as_uri())
     assert [fault for check in (noises, strangers, endless, dead, stuck) for fault in check(opened)] == []

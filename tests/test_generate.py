@@ -32,7 +32,7 @@ SHAPE = UNetConfig(n_bins=32, n_frames=32, patch=2, channels=(8, 16), blocks=(1,
 LARGE = replace(SHAPE, n_bins=256, n_frames=128, patch=8, context=16)  # for blocks of nano's size
 FEW = {"num_steps": 2}
 BLOCK = CFG.block_samples
-GALLERY = Path(__file__).resolve().parent.parent / "nbs" / "14_gallery.ipynb"
+GALLERY = Path(__file__).resolve().parent.parent / "nbs" / "20_gallery.ipynb"
 
 
 def tiny_piano(cfg: SpectrogramConfig = CFG, shape: UNetConfig = SHAPE) -> Piano:

@@ -118,7 +118,7 @@ def test_figures_are_those_that_were_measured(figures: ModuleType):
 
 @pytest.mark.parametrize("wrong", [
     "in <!-- =steps -->7<!-- = --> steps", "`nano` takes <!-- =nano 20 s -->an hour<!-- = -->",
-    "see [99](nbs/09_evaluate.ipynb)", "[Chapter 09a](09a_distance.ipynb)"])
+    "see [99](nbs/18_evaluate.ipynb)", "[Chapter 09a](14_distance.ipynb)"])
 def test_a_stale_figure_is_found_and_mended(figures: ModuleType, wrong: str):
     mended = figures.fill(wrong)
     assert mended != wrong and figures.fill(mended) == mended

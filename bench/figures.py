@@ -47,14 +47,15 @@ def parameters(model: str) -> int:
 
 
 def speed(model: str, records: list[Record], *, steps: int | None = None) -> tuple[float, float]:
-    """Seconds of work for a second of music, and until the first sound: medians, by the setting of so many steps."""
+    """Seconds of work for a second of music, and until the first sound: medians, by the default or in so many steps."""
     results = {record["comparison"]: record["results"] for record in records}
-    now = next(iter(settings()))
-    wanted = now if steps is None else re.sub(r"\d+ steps", f"{steps} steps", now)
-    found = results.get(f"generation with {model}", {}), results.get(f"first sound of {model}", {})
-    if wanted not in found[0] or not found[1]:
-        raise ValueError(f"{model} was not measured with {wanted}: python bench/generation.py")
-    return found[0][wanted]["median"], next(iter(found[1].values()))["median"]
+    begin = next(iter(settings())) if steps is None else f"{pianodiff.SAMPLER}, {steps} steps"
+    generated = results.get(f"generation with {model}", {})
+    second = [row for setting, row in generated.items() if setting.startswith(begin)]
+    first = results.get(f"first sound of {model}", {})
+    if not second or not first:
+        raise ValueError(f"{model} was not measured with {begin}: python bench/generation.py")
+    return second[0]["median"], next(iter(first.values()))["median"]
 
 
 @cache

@@ -80,8 +80,10 @@ def skipped(source: str) -> bool:
 
 
 # What a kernel does before its chapter: figures become pictures for the book, and no bar moves over its pages
-BEGIN = f"""import functools, tqdm.auto
-tqdm.auto.tqdm = functools.partial(tqdm.auto.tqdm, disable=True); del functools, tqdm
+BEGIN = f"""import tqdm.auto
+class Silent(tqdm.auto.tqdm):    # a class still, since others derive theirs from it
+    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs | {{"disable": True}})
+tqdm.auto.tqdm = Silent; del Silent, tqdm
 import sys; sys.path.insert(0, {str(ROOT / "book")!r})
 import picture; picture.install(get_ipython()); sys.path.pop(0); del picture, sys"""
 

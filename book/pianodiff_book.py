@@ -21,6 +21,7 @@ from myst_nb.core.render import MimeData, NbElementRenderer
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
+from sphinx.ext.autodoc import preserve_defaults
 from sphinx.util.docutils import SphinxDirective
 
 from pianodiff.audio import load_audio
@@ -193,6 +194,24 @@ def drop_icons_script(app: Sphinx, error: Exception | None) -> None:
             path.write_text(lighter)
 
 
+def join_entries(app: Sphinx, what: str, name: str, what_for: Any, how: Any, lines: list[str]) -> None:
+    """An option that goes on in the next line, as the commands' docstrings wrap it, becomes one line of its list."""
+    begin = next((i for i, line in enumerate(lines) if line in ("Args:", "Attributes:")), len(lines))
+    joined: list[str] = []
+    for line in lines[begin:]:
+        if line.startswith(" " * 5):
+            joined[-1] += f" {line.strip()}"
+        else:
+            joined.append(line)
+    lines[begin:] = joined
+
+
+def keep_defaults(app: Sphinx, function: Any, bound: bool) -> None:
+    """Show defaults as the source writes them, but where a signature is made up: its source has none of them."""
+    if not hasattr(function, "__signature__"):
+        preserve_defaults.update_defvalue(app, function, bound)
+
+
 def link_equations(app: Sphinx, what: str, name: str, what_for: Any, how: Any, lines: list[str]) -> None:
     """`Eq. (guidance)` in a docstring links to the equation `eq-guidance`, and shows its number in the book."""
     cited = r"Eqs?\. \([\w-]+\)(?:(?:, | and |, and | to )\([\w-]+\))*"
@@ -220,5 +239,10 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", finish_page, priority=900)    # after MathJax has been asked for
     app.connect("build-finished", drop_icons_script)
     app.connect("autodoc-process-docstring", link_equations)
+    app.connect("autodoc-process-docstring", join_entries)
+    for listener in app.events.listeners["autodoc-before-process-signature"]:
+        if listener.handler is preserve_defaults.update_defvalue:
+            app.disconnect(listener.id)
+    app.connect("autodoc-before-process-signature", keep_defaults)
     app.connect("env-get-updated", number_equations, priority=900)   # after Sphinx has numbered them
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

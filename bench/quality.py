@@ -34,7 +34,6 @@ Writes steps.json beside the model's weights. Pieces and embeddings are kept in 
 
 import hashlib
 import json
-import math
 import os
 import platform
 import shlex
@@ -52,6 +51,7 @@ from tqdm import tqdm
 import pianodiff
 from pianodiff import GUIDANCE_INTERVAL
 from pianodiff.distance import LogMel, Moments, embed, frechet_distance, interval, kernel_distance_to
+from pianodiff.evaluate import _plain
 from pianodiff.files import write_whole
 from pianodiff.generate import Piano, Sampling
 from pianodiff.joins import seams
@@ -338,16 +338,7 @@ def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano
         "versions": {"pianodiff": pianodiff.__version__, "torch": torch.__version__,
                      "machine": f"{platform.machine()}, {os.cpu_count()} cores"},
         "settings": settings, "controls": controls}
-    write_whole(out or folder / "steps.json", (json.dumps(plain(results), indent=1) + "\n").encode())
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold: None for what is not a number."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_whole(out or folder / "steps.json", (json.dumps(_plain(results), indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

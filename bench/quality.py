@@ -39,6 +39,7 @@ import platform
 import shlex
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -255,16 +256,22 @@ class Bench:
                  guidance: float = 1.0) -> dict[str, Any]:
         """A setting, and its quality beside the baseline's at that sigma_max."""
         made = self.make(sampler, steps, rho, sigma_max=sigma_max, guidance=guidance)
-        baseline = self.make(*BASELINE, sigma_max=sigma_max)
-        points, theirs = (self.by_piece(some.clips) for some in (made, baseline))
+        baseline = self.baseline(sigma_max)
         row = {"sampler": sampler, "num_steps": steps, "evaluations": evaluations(sampler, steps), "rho": rho,
                "sigma_max": sigma_max, "guidance": guidance, **self.quality(made.clips),
-               **distance_ratios(points, theirs, self.target, self.seed),
+               **distance_ratios(self.by_piece(made.clips), baseline[0], self.target, self.seed),
                "rms_db": from_solution(made, self.solution(sigma_max)),
                "joins": {name: found["auc"] for name, found in seams(made, self.seed).items()}}
         if self.spectra is not None:
-            row |= note_ratios(*(self.notes_of([piece.wave for piece in some]) for some in (made, baseline)), self.seed)
+            row |= note_ratios(self.notes_of([piece.wave for piece in made]), baseline[1], self.seed)
         return row
+
+    @cache
+    def baseline(self, sigma_max: float) -> tuple[Tensor, Tensor]:
+        """The baseline's points and notes, with which every setting is compared."""
+        made = self.make(*BASELINE, sigma_max=sigma_max)
+        notes = torch.empty(0) if self.spectra is None else self.notes_of([piece.wave for piece in made])
+        return self.by_piece(made.clips), notes
 
     def starts(self, pieces: int) -> list[dict[str, Any]]:
         """From each sigma_max, so many pieces of two blocks: their levels, and their distances."""

@@ -3,7 +3,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pianodiff.generate import Piano as Piano
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 SAMPLER, NUM_STEPS = "dpmpp_2m", 20  # what music is sampled with where nothing else is said; steps.json has the evidence
 GUIDANCE, GUIDANCE_INTERVAL = 2.0, (0.2, 2.0)  # and how closely each block follows the last, at which noise levels

@@ -5,15 +5,17 @@ weights.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from table import update
 
-from pianodiff import NUM_STEPS
+from pianodiff.files import plain
+from pianodiff.generate import Sampling
+from pianodiff.model import NOISE_LEVELS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "pianodiff" / "weights"
@@ -66,11 +68,12 @@ def table(header: str, rows: list[str]) -> str:
 
 def sampled(reports: dict[str, dict[str, Any]]) -> str:
     """Says so if the reports' music was sampled otherwise than the models are today; nothing if it was not."""
-    steps = {int(re.findall(r"--steps (\d+)", report["command"])[0]) for report in reports.values()}
-    if steps == {NUM_STEPS}:
+    old = [f"`{model}`" for model, report in reports.items()
+           if report.get("sampling") != plain(asdict(Sampling()) | NOISE_LEVELS[model])]
+    if not old:
         return ""
-    return (f"The music of these figures was sampled in {' or '.join(map(str, sorted(steps)))} steps a block, by the "
-            "defaults of an earlier version.\n")
+    return (f"In these figures, the music of {' and '.join(old)} was sampled by settings of an earlier version, which "
+            "report.json names.\n")
 
 
 def distances(reports: dict[str, dict[str, Any]]) -> str:

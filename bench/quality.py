@@ -39,7 +39,6 @@ import platform
 import shlex
 import sys
 import time
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,8 +51,7 @@ from tqdm import tqdm
 import pianodiff
 from pianodiff import GUIDANCE_INTERVAL
 from pianodiff.distance import LogMel, Moments, embed, frechet_distance, interval, kernel_distance_to
-from pianodiff.evaluate import _plain
-from pianodiff.files import write_whole
+from pianodiff.files import plain, write_whole
 from pianodiff.generate import Piano, Sampling
 from pianodiff.joins import seams
 from pianodiff.model import find_model
@@ -252,11 +250,10 @@ class Bench:
                 "kernel": kernel_distance_to(self.target)(points),
                 "statistics": sum(row["clips"]["distance"] for row in table.values()) / len(table)}
 
-    def measured(self, sampler: str, steps: int, rho: float, *, sigma_max: float,
+    def measured(self, sampler: str, steps: int, rho: float, *, sigma_max: float, baseline: tuple[Tensor, Tensor],
                  guidance: float = 1.0) -> dict[str, Any]:
         """A setting, and its quality beside the baseline's at that sigma_max."""
         made = self.make(sampler, steps, rho, sigma_max=sigma_max, guidance=guidance)
-        baseline = self.baseline(sigma_max)
         row = {"sampler": sampler, "num_steps": steps, "evaluations": evaluations(sampler, steps), "rho": rho,
                "sigma_max": sigma_max, "guidance": guidance, **self.quality(made.clips),
                **distance_ratios(self.by_piece(made.clips), baseline[0], self.target, self.seed),
@@ -266,7 +263,6 @@ class Bench:
             row |= note_ratios(self.notes_of([piece.wave for piece in made]), baseline[1], self.seed)
         return row
 
-    @cache
     def baseline(self, sigma_max: float) -> tuple[Tensor, Tensor]:
         """The baseline's points and notes, with which every setting is compared."""
         made = self.make(*BASELINE, sigma_max=sigma_max)
@@ -325,10 +321,11 @@ def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano
 
     starts = bench.starts(3 * pieces)
     sigma_max = lowest_start(starts)["sigma_max"]
-    settings = [bench.measured(*setting, sigma_max=sigma_max) for setting in tqdm(steps, "settings")]
+    kept = {"sigma_max": sigma_max, "baseline": bench.baseline(sigma_max)}
+    settings = [bench.measured(*setting, **kept) for setting in tqdm(steps, "settings")]
     choice = cheapest(settings)
     chosen = choice["sampler"], choice["num_steps"], choice["rho"]
-    guided = [choice, *(bench.measured(*chosen, sigma_max=sigma_max, guidance=w) for w in tqdm(GUIDANCE, "guidance"))]
+    guided = [choice, *(bench.measured(*chosen, **kept, guidance=w) for w in tqdm(GUIDANCE, "guidance"))]
     controls, weight = bench.controls(), smoothest(guided)["guidance"]
     show([*starts, *settings, *guided[1:]], controls)
     print(f"sigma_max {sigma_max:g}; the cheapest that keeps the rule: {choice['sampler']}, {choice['num_steps']} "
@@ -345,7 +342,7 @@ def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano
         "versions": {"pianodiff": pianodiff.__version__, "torch": torch.__version__,
                      "machine": f"{platform.machine()}, {os.cpu_count()} cores"},
         "settings": settings, "controls": controls}
-    write_whole(out or folder / "steps.json", (json.dumps(_plain(results), indent=1) + "\n").encode())
+    write_whole(out or folder / "steps.json", (json.dumps(plain(results), indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -359,6 +359,8 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
              reference: Annotated[str, tyro.conf.arg(metavar="REFERENCE")], /, *,
              out: Path = Path("report.html"), pieces: int = 10, seconds: float = 61.44,
              steps: int = NUM_STEPS, sampler: str = SAMPLER,
+             guidance: float = GUIDANCE,
+             guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
              training: str | None = None, transpose: int = 0,
              embeddings: tuple[str, ...] = ("logmel",), splits: tuple[str, ...] = (),
              blocks: int = 2000, seed: int = 0, cache: Path | None = None,
@@ -375,6 +377,8 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
         seconds: length of each of them
         steps: sampling steps a block
         sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
+        guidance: how closely a model's blocks follow each other; 1 is none
+        guidance_interval: the noise levels between which guidance is applied
         training: the store that the model was trained on, to search for copies
         transpose: search for copies up to this many semitones higher or lower
         embeddings: logmel, vggish, vggish=FILE, or the name or folder of a Hugging Face
@@ -389,7 +393,8 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
     from pianodiff.evaluate import evaluate as evaluate_music
 
     results = evaluate_music(generated, reference, out, pieces=pieces, seconds=seconds,
-                             steps=steps, sampler=sampler, training=training,
+                             steps=steps, sampler=sampler, guidance=guidance,
+                             guidance_interval=guidance_interval, training=training,
                              transpose=transpose, embeddings=embeddings, splits=splits,
                              blocks=blocks, seed=seed, cache=cache, soundfont=soundfont)
     _print_results(results, out)

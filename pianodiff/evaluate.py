@@ -8,12 +8,12 @@ import base64
 import csv
 import io
 import json
-import math
 import os
 import platform
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -25,13 +25,14 @@ from matplotlib import colormaps, image
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import NUM_STEPS, SAMPLER
+from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 from .audio import SpectrogramConfig, to_mp3
 from .data import open_store
 from .distance import distance_section, farther, load_embedding
-from .files import write_whole
+from .files import plain, write_whole
 from .generate import Piano, Sampling
 from .joins import JOIN_MEASURES, joins_section
+from .model import noise_levels
 from .music import STATISTICS, drift_section, music_section
 from .novelty import novelty_section
 from .pieces import Comparison, Pieces, Section, by_decades, in_style, make_pieces, new_axes, read_pieces
@@ -99,16 +100,6 @@ def _png(figure: Figure) -> str:
     return _base64(data.getvalue())
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: no tensors, None for an undefined number."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
 # %% ../nbs/18_evaluate.ipynb #5903db1c
 def write_report(out: str | os.PathLike, results: dict[str, Any],
                  sections: Sequence[Section], cfg: SpectrogramConfig) -> None:
@@ -130,11 +121,12 @@ def write_report(out: str | os.PathLike, results: dict[str, Any],
     environment = Environment(loader=PackageLoader("pianodiff", "."), autoescape=True,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"median": median, "farther": farther}
-    plain = _plain(results)
+    figures = plain(results)
     page = environment.get_template("report.html").render(
-        **plain, pictures=pictures, players=players, explanations=STATISTICS,
+        **figures, pictures=pictures, players=players, explanations=STATISTICS,
         join_measures=JOIN_MEASURES, block_seconds=cfg.block_seconds)
-    write_whole(out.with_suffix(".json"), (json.dumps(plain, indent=1) + "\n").encode())
+    data = (json.dumps(figures, indent=1) + "\n").encode()
+    write_whole(out.with_suffix(".json"), data)
     write_whole(out, page.encode())
 
 # %% ../nbs/18_evaluate.ipynb #067a612e
@@ -177,17 +169,19 @@ def _is_sound(generated: str | os.PathLike) -> bool:
     return "://" in str(generated) or (path.exists() and not model)
 
 
-def _spectrogram_of(generated: str | os.PathLike,
-                    training: str | os.PathLike | None) -> SpectrogramConfig:
-    """The model's spectrogram, or that of all models that ship.
+def _settings_of(
+    generated: str | os.PathLike, training: str | os.PathLike | None
+) -> tuple[SpectrogramConfig, dict[str, float]]:
+    """The model's spectrogram and noise levels; of sound, the usual one and none.
 
-    It has to be that of the training store. Raises FileNotFoundError or ValueError if
-    one of the two can't be used.
+    The spectrogram has to be that of the training store. Raises FileNotFoundError or
+    ValueError if one of the two can't be used.
     """
-    cfg = SpectrogramConfig()
+    cfg, levels = SpectrogramConfig(), {}
     if not _is_sound(generated):
         try:
-            cfg = Piano.from_pretrained(generated, "cpu").cfg
+            piano = Piano.from_pretrained(generated, "cpu")
+            cfg, levels = piano.cfg, noise_levels(piano.config)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{generated} is no folder of sound files, "
                                     f"and {error}") from error
@@ -197,7 +191,7 @@ def _spectrogram_of(generated: str | os.PathLike,
         if store.cfg != cfg:
             raise ValueError(f"{training} holds other spectrograms than {generated}'s; "
                              "give its own training store")
-    return cfg
+    return cfg, levels
 
 
 def _command(generated: str | os.PathLike, reference: str | os.PathLike,
@@ -207,7 +201,7 @@ def _command(generated: str | os.PathLike, reference: str | os.PathLike,
     for name, value in options.items():
         if value is not None and value != ():
             values = value if isinstance(value, list | tuple) else [value]
-            words += [f"--{name}", *map(str, values)]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)
 
 # %% ../nbs/18_evaluate.ipynb #6a2a464c
@@ -243,7 +237,8 @@ def _check(blocks: int, transpose: int, seed: int, embeddings: Sequence[str]) ->
 def evaluate(
     generated: str | os.PathLike, reference: str | os.PathLike,
     out: str | os.PathLike, *, pieces: int = 10, seconds: float = 61.44,
-    steps: int = NUM_STEPS, sampler: str = SAMPLER,
+    steps: int = NUM_STEPS, sampler: str = SAMPLER, guidance: float = GUIDANCE,
+    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
     training: str | os.PathLike | None = None, transpose: int = 0,
     embeddings: Sequence[str] = ("logmel",), splits: Sequence[str] = (),
     blocks: int = 2000, most: int = 30, seed: int = 0,
@@ -268,12 +263,13 @@ def evaluate(
     begin = time.perf_counter()
     home = Path(cache or Path(out).with_suffix(".cache"))
     model = not _is_sound(generated)
-    cfg = _spectrogram_of(generated, training)
+    sampling = Sampling(sampler, steps, guidance, guidance_interval)
+    cfg, levels = _settings_of(generated, training)
     loaded = [load_embedding(name) for name in embeddings]
     find_recordings(reference)  # raises before the work begins
     if model:
         made = make_pieces(generated, home / "pieces", pieces=pieces, seconds=seconds,
-                           sampling=Sampling(sampler, steps), seed=seed, least=_LEAST)
+                           sampling=sampling, seed=seed, least=_LEAST)
     else:
         made = _sound(generated, cfg)
     middle = time.perf_counter()
@@ -284,11 +280,13 @@ def evaluate(
     facts = _facts(comparison, generated, model, reference, splits, training)
     sections = [facts, *_sections(comparison, loaded, training, transpose, home)]
 
-    how = {"pieces": pieces, "seconds": seconds, "steps": steps, "sampler": sampler}
+    how = {"pieces": pieces, "seconds": seconds, "steps": steps, "sampler": sampler,
+           "guidance": guidance, "guidance_interval": tuple(guidance_interval)}
     results: dict[str, Any] = {"command": _command(
         generated, reference, **(how if model else {}), training=training,
         transpose=None if training is None else transpose, embeddings=tuple(embeddings),
         splits=tuple(splits), blocks=blocks, seed=seed, soundfont=soundfont)}
+    results["sampling"] = asdict(sampling) | levels if model else None
     results["seconds"] = {
         "making": round(middle - begin, 1) if model else 0.0,
         "evaluating": round(time.perf_counter() - (middle if model else begin), 1)}

@@ -64,7 +64,7 @@ def test_the_report_is_whole_and_the_same_twice(music, tmp_path, capsys):
     for results in as_json:
         del results["seconds"]
     assert as_json[0] == as_json[1]
-    assert as_json[0]["generated"]["blocks"] == 12 == as_json[0]["others"]["blocks"]
+    assert as_json[0]["sampling"] is None and as_json[0]["generated"]["blocks"] == 12 == as_json[0]["others"]["blocks"]
     for name, split in as_json[0]["floors"].items():
         assert {row: found[0] for row, found in split.items()} == pytest.approx(
             {row: as_json[0]["distances"][name][row]["frechet"] for row in split}, rel=1e-4)
@@ -83,11 +83,13 @@ def test_a_model_is_evaluated_by_its_name_and_its_command_gives_the_same(music, 
     monkeypatch.chdir(music)
     prepare(music / "real", tmp_path / "store", CFG, splits=["train"], jobs=1)
     command = f"evaluate nano real --out {tmp_path}/a.html --pieces 2 --seconds 8.2 --steps 2 --sampler heun " \
-              f"--seed 1 --training {tmp_path}/store --transpose 1 --blocks 30"
+              f"--guidance 1.5 --guidance-interval 0.2 3 --seed 1 --training {tmp_path}/store --transpose 1 --blocks 30"
     assert main(shlex.split(command)) == 0
     first = figures(tmp_path / "a.json")
     assert first["seconds"]["making"] > 0 and first["generated"]["name"] == "nano" and first["generated"]["blocks"] == 8
     assert 0 <= first["joins"]["model"]["residue"]["auc"] <= 1
+    assert first["sampling"] == {"sampler": "heun", "num_steps": 2, "guidance": 1.5, "guidance_interval": [0.2, 3],
+                                 "sigma_max": 250, "rho": 12}
     page = (tmp_path / "a.html").read_text()
     assert "<td>model: nano</td>" in page and "by logmel" in page and "The closest pairs by spectrogram" in page
     program, *words = shlex.split(first["command"])

@@ -18,7 +18,7 @@ help:
 
 piano: $(VENV)/.installed
 	@begin=$$(date +%s); \
-	$(BIN)/pianodiff generate --seconds 20 --seed 7 --out piano.wav --image piano.png && \
+	$(BIN)/pianodiff generate --seconds 20 --seed 7 --out piano.wav --image piano.png --force && \
 	echo "piano.wav and piano.png: 20 s of music in $(call since,$$begin), $(call since,$(START)) with the installation"
 
 # Ten minutes on two cores; `make test-long` runs what it leaves out, and `make test-all` both.

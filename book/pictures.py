@@ -44,7 +44,7 @@ def moving_picture(wave: torch.Tensor, path: Path) -> None:
 def models() -> None:
     """The pieces that README and introduction play."""
     for model in ("nano", "base"):
-        command = f"generate --seconds 20 --seed 7 --model {model} --out {STATIC}/{model}-seed7.mp3"
+        command = f"generate --seconds 20 --seed 7 --model {model} --force --out {STATIC}/{model}-seed7.mp3"
         if model == "nano":
             command += f" --image {STATIC}/nano-seed7.png"
         subprocess.run([sys.executable, "-m", "pianodiff.cli", *command.split()], check=True)

@@ -7,12 +7,14 @@ __all__ = ['info', 'Request', 'generate', 'continue_', 'prepare', 'train', 'snap
 import io
 import json
 import re
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pianodiff.audio import SpectrogramConfig
-    from pianodiff.generate import Progress
+    from pianodiff.generate import Piano, Progress
 
 # %% ../nbs/19_cli.ipynb #e254f31f
 def _rows(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -45,25 +47,89 @@ def _rows(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield prefix + key, format(value, forms.get(type(value), ""))
 
 
-def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /) -> None:
-    """Tell what a model is: its size, its spectrogram, its training and its licence.
-
-    Args:
-        model: a shipped name, a model's folder, or a Hub id (user/repo)
-    """
-    from pianodiff.generate import Piano
-
-    piano = Piano.from_pretrained(model, device="cpu")
-    cfg = piano.cfg
-    facts = {"parameters": sum(p.numel() for p in piano.net.parameters()),
-             "block": f"{cfg.n_bins} x {cfg.n_frames}, {cfg.block_seconds:g} s at "
-             f"{cfg.sample_rate:,} Hz"}
-    rows = list(_rows(facts | piano.config))
+def _print_rows(facts: dict[str, Any]) -> None:
+    """The facts in two columns."""
+    rows = list(_rows(facts))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")
 
+
+def _trainings(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is known of a model's trainings, the last one first."""
+    training = config.get("training")
+    while training:
+        yield training
+        training = training.get("ancestor")
+
+# %% ../nbs/19_cli.ipynb #e254f320
+def _in_short(piano: "Piano", folder: Path) -> dict[str, Any]:
+    """A model in a dozen rows; what its configuration doesn't say is left out."""
+    config, cfg = piano.config, piano.cfg
+    size = (folder / "model.safetensors").stat().st_size / 1e6
+    facts = {"model": config.get("name", folder.name),
+             "network": f"{sum(p.numel() for p in piano.net.parameters()):,} "
+             f"parameters, {size:.1f} MB",
+             "block": f"{cfg.n_bins} x {cfg.n_frames}, {cfg.block_seconds:g} s at "
+             f"{cfg.sample_rate:,} Hz"} | piano.noise_levels
+    last, *before = [*_trainings(config)] or [{}]
+    if hours := last.get("hours"):
+        parts = ", ".join(f"{split} {time:.3g} h" for split, time in hours.items())
+        facts["data"] = f"{last['data']}: {parts}"
+    for name, runs in (("trained", [last]), ("before that", before)):
+        if blocks := sum(run.get("images", 0) for run in runs):
+            minutes = sum(run.get("seconds", 0) for run in runs) / 60
+            devices = dict.fromkeys(run.get("device", "cpu") for run in runs)
+            facts[name] = (f"{blocks:,} blocks in {minutes:,.0f} minutes, "
+                           f"{' and '.join(devices)}")
+    losses = last.get("validation", {}).get("loss", {})
+    if shown := [f"{losses[s]:.3f} at {s}" for s in ("0.1", "1", "10") if s in losses]:
+        facts["loss by sigma"] = ", ".join(shown)
+    if "licence" in config:
+        facts["licence"] = config["licence"]
+    card = folder / "README.md"
+    return facts | ({"card": str(card)} if card.is_file() else {})
+
+# %% ../nbs/19_cli.ipynb #inf00002
+def _of_sound(path: Path) -> dict[str, Any]:
+    """What a sound file is, and the command that makes it again."""
+    import soundfile
+
+    from pianodiff.audio import comment_of
+
+    comment = comment_of(path)
+    about = soundfile.info(path)
+    facts = {"sound": f"{about.duration:.2f} s at {about.samplerate:,} Hz",
+             "format": f"{about.format}, {about.subtype_info}"}
+    if made := re.fullmatch(r"(pianodiff [^\s:]+): (pianodiff .*)", comment):
+        return facts | {"made by": made[1], "again": made[2]}
+    return facts | {"made by": "its tags don't tell"}
+
+
+def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /, *,
+         all: bool = False) -> None:
+    """Tell what a model is: its size, its training, its licence; or how a sound was made.
+
+    Args:
+        model: nano, base, a model's folder, a Hub id (user/repo), or a sound file
+        all: print the whole configuration, and that of all earlier trainings
+    """
+    if Path(model).is_file():
+        _print_rows(_of_sound(Path(model)))
+        return
+    from pianodiff.generate import Piano
+    from pianodiff.model import find_model
+
+    folder = find_model(model)
+    piano = Piano.from_pretrained(folder, device="cpu")
+    _print_rows(_in_short(piano, folder) | (piano.config if all else {}))
+
 # %% ../nbs/19_cli.ipynb #14c6dfae
+def _short(letter: str) -> Any:
+    """A flag's one letter."""
+    return tyro.conf.arg(aliases=(letter,))
+
+
 @dataclass(frozen=True)
 class Request:
     """What to make, and how.
@@ -71,34 +137,48 @@ class Request:
     Attributes:
         seconds: length of the new music
         seed: the same seed gives the same music; drawn and printed if none is given
-        model: a shipped name, a model's folder, or a Hub id (user/repo)
+        model: nano, base, a model's folder, or a Hub id (user/repo)
         steps: sampling steps a block: fewer are faster; beyond the default little is
             gained
         sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
         guidance: above 1, each block follows its predecessor more closely than the
             model would by itself; 1 is none
         guidance_interval: the noise levels between which guidance is applied
+        device: cpu, cuda or mps; by default a GPU if there is one
         image: also draw the spectrogram, of the first minute, into this PNG file
         play: also play the music while it is made
+        force: replace a file that exists
     """
 
-    seconds: float = 20.0
+    seconds: Annotated[float, _short("-s")] = 20.0
     seed: int | None = None
-    model: str = "nano"
-    steps: int = NUM_STEPS
+    model: Annotated[str, _short("-m")] = "nano"
+    steps: Annotated[int, _short("-n")] = NUM_STEPS
     sampler: str = SAMPLER
-    guidance: float = GUIDANCE
+    guidance: Annotated[float, _short("-g")] = GUIDANCE
     guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL
-    image: Path | None = None
-    play: bool = False
+    device: str | None = None
+    image: Annotated[Path | None, _short("-i")] = None
+    play: Annotated[bool, _short("-p")] = False
+    force: Annotated[bool, _short("-f")] = False
+
+    def command(self, seed: int, prompt: Path | None) -> str:
+        """The command line that makes the same music again, for a file's comment."""
+        words = ["generate"] if prompt is None else ["continue", str(prompt)]
+        words += ["--seconds", f"{self.seconds:g}", "--seed", str(seed)]
+        for name in ("model", "steps", "sampler", "guidance"):
+            words += [f"--{name}", str(getattr(self, name))]
+        words += ["--guidance-interval", *map(str, self.guidance_interval)]
+        return shlex.join(["pianodiff", *words])
 
 
 # its fields become flags without a prefix
 _Flat = Annotated[Request, tyro.conf.arg(name="")]
+_Out = Annotated[Path, _short("-o")]
 _PIPE = Path("-")  # in place of a file: standard output
 
 # %% ../nbs/19_cli.ipynb #c6a1352c
-def generate(request: _Flat, *, out: Path = Path("piano.wav")) -> None:
+def generate(request: _Flat, *, out: _Out = Path("piano.wav")) -> None:
     """Make piano music from a seed.
 
     The sound is written while it is made; Ctrl-C ends it, and keeps what is there.
@@ -111,7 +191,7 @@ def generate(request: _Flat, *, out: Path = Path("piano.wav")) -> None:
 
 
 def continue_(prompt: Annotated[Path, tyro.conf.arg(metavar="SOUND")], /,
-              request: _Flat, *, out: Path = Path("longer.wav")) -> None:
+              request: _Flat, *, out: _Out = Path("longer.wav")) -> None:
     """Go on from a recording: write it, then new music in phase with it.
 
     The sound is written while it is made; Ctrl-C ends it, and keeps what is there.
@@ -125,9 +205,9 @@ def continue_(prompt: Annotated[Path, tyro.conf.arg(metavar="SOUND")], /,
     _make(request, out, prompt)
 
 # %% ../nbs/19_cli.ipynb #4b2210c7
-def _check_output(path: Path, endings: Sequence[str],
-                  prompt: Path | None = None) -> None:
-    """Raise ValueError or OSError if `path` can't be written, or is the prompt."""
+def _check_output(path: Path, endings: Sequence[str], prompt: Path | None = None,
+                  force: bool = True) -> None:
+    """Raise ValueError or OSError if `path` can't or must not be written."""
     if path.suffix.lower() not in endings:
         raise ValueError(f"{path} must end in {' or '.join(endings)}")
     if path.is_dir():
@@ -135,6 +215,9 @@ def _check_output(path: Path, endings: Sequence[str],
     if prompt and prompt.exists() and path.exists() and path.samefile(prompt):
         raise ValueError(f"{path} is the recording itself, which would be lost; choose "
                          "another name")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists; give another name, or --force to "
+                              "replace it")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
@@ -147,12 +230,13 @@ def _check_outputs(request: Request, out: Path, prompt: Path | None) -> None:
     from pianodiff.audio import AUDIO_FORMATS
 
     if out != _PIPE:
-        _check_output(out, tuple(AUDIO_FORMATS), prompt)
-    elif not sys.stdout:
-        raise OSError("standard output is closed; give the name of a file, or a pipe: "
-                      "--out - | aplay")
+        _check_output(out, tuple(AUDIO_FORMATS), prompt, request.force)
+    elif not sys.stdout or sys.stdout.isatty():
+        reason = "a terminal" if sys.stdout else "closed"
+        raise OSError(f"standard output is {reason}; give the name of a file, or a "
+                      "pipe: --out - | aplay")
     if request.image:
-        _check_output(request.image, (".png",), prompt)
+        _check_output(request.image, (".png",), prompt, request.force)
 
 # %% ../nbs/19_cli.ipynb #a2c4c1e4
 @dataclass
@@ -173,7 +257,7 @@ class _Made:
 
 
 def _hand_on(stream: Iterator["Tensor"], before: "Tensor", out: Path, rate: int,
-             play: bool) -> _Made:
+             play: bool, comment: str = "") -> _Made:
     """Write what was `before` and then the pieces of a stream, while they come.
 
     With `play` they also go to the speakers. Ctrl-C ends the stream.
@@ -181,7 +265,7 @@ def _hand_on(stream: Iterator["Tensor"], before: "Tensor", out: Path, rate: int,
     from pianodiff.audio import sound_file
 
     made = _Made()
-    with wav_pipe(rate) if out == _PIPE else sound_file(out, rate) as write:
+    with wav_pipe(rate) if out == _PIPE else sound_file(out, rate, comment) as write:
         try:
             with speakers(rate) if play else nullcontext(len) as hear:
                 begin = time.perf_counter()
@@ -249,7 +333,8 @@ def _make(request: Request, out: Path, prompt: Path | None) -> None:
 
     _check_outputs(request, out, prompt)
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    piano = Piano.from_pretrained(request.model)
+    piano = Piano.from_pretrained(request.model, request.device)
+    comment = f"pianodiff {__version__}: {request.command(seed, prompt)}"
     rate = piano.cfg.sample_rate
     before = torch.zeros(0) if prompt is None else load_audio(prompt, rate)
     with _sampling_bar() as callback:
@@ -259,7 +344,7 @@ def _make(request: Request, out: Path, prompt: Path | None) -> None:
                               guidance=request.guidance,
                               guidance_interval=request.guidance_interval,
                               callback=callback)
-        made = _hand_on(stream, before, out, rate, request.play)
+        made = _hand_on(stream, before, out, rate, request.play, comment)
     if made.samples:
         if request.image:
             wave = torch.cat([before[-piano.cfg.block_samples :], *made.first])
@@ -279,7 +364,8 @@ _Store = Annotated[str, tyro.conf.arg(metavar="STORE")]
 
 def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Store, /,
             *, preset: str = "nano", splits: tuple[str, ...] = (),
-            jobs: int | None = None, soundfont: Path | None = None,
+            jobs: Annotated[int | None, _short("-j")] = None,
+            soundfont: Path | None = None,
             cluster: str | None = None) -> None:
     """Turn recordings into a store to train on; run again, it goes on where it stopped.
 
@@ -357,7 +443,7 @@ def snapshot(model: Path, images: int) -> None:
 # %% ../nbs/19_cli.ipynb #77bff308
 def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
              reference: Annotated[str, tyro.conf.arg(metavar="REFERENCE")], /, *,
-             out: Path = Path("report.html"), pieces: int = 10, seconds: float = 61.44,
+             out: _Out = Path("report.html"), pieces: int = 10, seconds: float = 61.44,
              steps: int = NUM_STEPS, sampler: str = SAMPLER,
              guidance: float = GUIDANCE,
              guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
@@ -429,27 +515,34 @@ def _parse(args: Sequence[str]) -> Callable[[], None]:
     def later(command: Callable[..., Any]) -> Callable[..., Any]:
         return wraps(command)(lambda *args, **flags: partial(command, *args, **flags))
 
+    if args and not args[0].startswith("-") and args[0] not in commands:
+        near = get_close_matches(args[0], commands, 1)
+        meant = f"did you mean {near[0]!r}? see" if near else "see"
+        raise ValueError(f"there is no command {args[0]!r}; {meant} pianodiff --help")
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            about = f"Piano music from a diffusion model (pianodiff {__version__})."
+            about = (f"Piano music from a diffusion model. This is pianodiff "
+                     f"{__version__}, as --version says, too.")
             return tyro.extras.subcommand_cli_from_dict(
                 {name: later(command) for name, command in commands.items()},
                 prog="pianodiff", description=about, args=args,
-                config=(tyro.conf.AvoidSubcommands,))
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff))
     except SystemExit as stop:
         if not stop.code:
             raise  # after --help
         command = f"{args[0]} " if args and args[0] in commands else ""
         reason = _reason_in(box.getvalue())
-        raise ValueError(f"{reason}; see pianodiff {command}--help") from None
+        raise ValueError(f"{reason} see pianodiff {command}--help") from None
 
 
 def _reason_in(box: str) -> str:
-    """What tyro's box says first, without colours, sides, title and advice."""
+    """What tyro's box says first, and its first guess, without colours and sides."""
     text = re.sub(r"\x1b\[[\d;]*m|[╭╮│╰╯]", "", box)
     *_, reason = re.split("[-─]{3,}", text)[:2]
-    return " ".join(reason.split()).rstrip(".")
+    guess = re.search(r"Perhaps you meant:.*?(--[\w-]+)", text, re.DOTALL)
+    meant = f"; did you mean {guess[1]}?" if guess else ";"
+    return " ".join(reason.split()).rstrip(".") + meant
 
 # %% ../nbs/19_cli.ipynb #cli00007
 def main(args: Sequence[str] | None = None) -> int:
@@ -470,7 +563,7 @@ def main(args: Sequence[str] | None = None) -> int:
             else:
                 _parse(args)()
     except (ValueError, OSError) as error:
-        print(f"pianodiff: {_in_one_line(error)}", file=sys.stderr)
+        print(f"pianodiff: {_in_one_line(error, args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pianodiff: interrupted", file=sys.stderr)
@@ -478,13 +571,17 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _in_one_line(error: Exception) -> str:
-    """What an error says, without errno's number."""
+def _in_one_line(error: Exception, args: Sequence[str]) -> str:
+    """What an error says, without errno's number, of flags in place of parameters."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
         if error.filename:
             text = f"{error.filename}: {text}"
+    name, _, rest = text.partition(" must ")
+    if rest and name.isidentifier() and name not in args:
+        flag = {"num_steps": "steps"}.get(name, name.replace("_", "-"))
+        text = f"--{flag} must {rest}"
     return " ".join(text.split())
 
 

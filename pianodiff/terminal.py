@@ -76,7 +76,7 @@ def _device(rate: int) -> Any:
         return sounddevice.OutputStream(rate, channels=1, dtype="float32")
     except Exception as error:  # without PortAudio, its errors have no class
         raise OSError(f"--play can't reach a sound device ({error}); pip install "
-                      "'pianodiff[play]', or pipe the sound: "
+                      "sounddevice, or pipe the sound: "
                       "pianodiff generate --out - | aplay") from error
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def test_help_is_quick():
     ("generate", ["WAV stream", "drawn and printed", "noise levels"]),
     ("continue", ["at any rate", "drawn and printed"]),
     ("prepare", ["MAESTRO's layout", "Dask scheduler"]), ("train", ["fine-tuning", "blocks a step"]),
-    ("evaluate", ["a folder of sound", "search for copies"]), ("info", ["a shipped name"])])
+    ("evaluate", ["a folder of sound", "search for copies"]), ("info", ["or a sound file"])])
 def test_help_explains_the_options(command, phrases, capsys):
     """A docstring that tyro can't parse is shown as it stands, and its options without a word."""
     with pytest.raises(SystemExit):
@@ -96,6 +97,52 @@ def test_continue_writes_the_prompt_and_then_new_music(model):
     assert len(mine) == 4000 and len(longer) == 6000
     torch.testing.assert_close(longer[:4000], mine, atol=2e-4, rtol=0)
     assert longer[4000:].abs().max() > 0.001
+
+
+def again(capsys, sound: str) -> list[str]:
+    """The command that `info` tells, without the program's name."""
+    capsys.readouterr()
+    assert main(["info", sound]) == 0
+    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["made by"] == f"pianodiff {pianodiff.__version__}"
+    program, *words = shlex.split(rows["again"])
+    assert program == "pianodiff"
+    return words
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff"])
+def test_a_file_tells_how_to_make_it_again(model, capsys, ending):
+    assert make(model, "-g", "1.5", "--sampler", "heun", "-o", f"one.{ending}") == 0  # the seed is drawn
+    assert main([*again(capsys, f"one.{ending}"), "--out", f"two.{ending}"]) == 0
+    one, two = (load_audio(f"{name}.{ending}") for name in ("one", "two"))
+    assert len(one) == 2000 and torch.equal(one, two)
+
+
+def test_a_continuation_tells_its_prompt(model, capsys):
+    save_audio("meine Übung.wav", example_performance(1, seed=0))
+    assert make(model, "--out", "one.mp3", command=("continue", "meine Übung.wav")) == 0
+    words = again(capsys, "one.mp3")
+    assert words[:2] == ["continue", "meine Übung.wav"]
+    assert main([*words, "--out", "two.mp3"]) == 0
+    assert torch.equal(load_audio("one.mp3"), load_audio("two.mp3"))
+    assert main(["info", "meine Übung.wav"]) == 0 and "its tags don't tell" in capsys.readouterr().out
+
+
+def test_info_of_what_is_no_sound(model, capsys):
+    Path("notes.wav").write_text("crotchet")
+    assert "notes.wav can't be read as sound" in refused(capsys, main(["info", "notes.wav"]))
+
+
+def test_force_replaces(model):
+    for name in ("piano.wav", "piano.png"):
+        Path(name).write_text("what was there before")
+    assert make(model, "-f", "-i", "piano.png") == 0
+    assert len(load_audio("piano.wav")) == 2000 and Path("piano.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_terminal_gets_no_samples(model, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "standard output is a terminal; give the name of a file" in refused(capsys, make(model, "--out", "-"))
 
 
 @pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff"])
@@ -195,7 +242,7 @@ def test_play(model, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("device", "message"), [
-    (None, r"--play can't reach a sound device .*pip install 'pianodiff\[play\]', or pipe the sound"),
+    (None, r"--play can't reach a sound device .*pip install sounddevice, or pipe the sound"),
     (Device("open"), r"--play can't reach a sound device \(no default output device\); "),
     (Device("write"), r"the sound device failed \(unplugged\); pipe the sound"),
 ])
@@ -246,7 +293,7 @@ def refused(capsys, status: int) -> str:
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e9"])
 def test_impossible_lengths(model, capsys, seconds):
-    assert "seconds must be more than 0" in refused(capsys, make(model, "--seconds", seconds))
+    assert "--seconds must be more than 0" in refused(capsys, make(model, "--seconds", seconds))
     assert not os.listdir()
 
 
@@ -258,19 +305,24 @@ def test_impossible_lengths(model, capsys, seconds):
     (("--out", "piano.txt"), "piano.txt must end in .wav or"),
     (("--image", "piano.jpeg"), "piano.jpeg must end in .png"),
     (("--sampler", "hein"), "no sampler 'hein'"),
-    (("--steps", "0"), "num_steps must be a whole number of at least 1"),
-    (("--out", "-", "--steps", "0"), "num_steps must be a whole number of at least 1"),
-    (("--seed", "-1"), "seed must be a whole number from 0"),
-    (("--guidance", "nan"), "guidance must be finite"),
-    (("--guidance-interval", "2", "1"), "guidance_interval must be noise levels low < high"),
+    (("--steps", "0"), ": --steps must be a whole number of at least 1"),
+    (("--out", "-", "--steps", "0"), ": --steps must be a whole number of at least 1"),
+    (("--seed", "-1"), ": --seed must be a whole number from 0"),
+    (("--guidance", "nan"), ": --guidance must be finite"),
+    (("--guidance-interval", "2", "1"), ": --guidance-interval must be noise levels low < high"),
     (("--model", "no-such-model"), "no model 'no-such-model'"),
     (("--model", "."), "model"),
+    (("--device", "cud"), "the device 'cud' can't be used"),
+    (("--out", "file.wav"), "file.wav exists; give another name, or --force to replace it"),
+    (("--image", "file.png"), "file.png exists; give another name, or --force to replace it"),
 ])
 def test_bad_flags(model, capsys, flags, message):
-    Path("file").write_text("")
+    there = ["file", "file.png", "file.wav"]
+    for name in there:
+        Path(name).write_text("")
     Path("folder.wav").mkdir()
     assert message in refused(capsys, make(model, *flags))
-    assert sorted(os.listdir()) == ["file", "folder.wav"]
+    assert sorted(os.listdir()) == [*there, "folder.wav"] and not any(Path(name).read_text() for name in there)
 
 
 def test_outputs_are_tried_before_the_minutes_of_work(model, monkeypatch, capsys):
@@ -310,7 +362,7 @@ def test_the_recording_is_not_replaced(model, capsys, monkeypatch, out):
     os.link("mine.wav", "hard.wav")
     monkeypatch.setattr("pianodiff.generate.Piano.from_pretrained", lambda *args: pytest.fail("too late"))
     before = Path("mine.wav").read_bytes()
-    message = refused(capsys, make(model, "--out", out, command=("continue", "mine.wav")))
+    message = refused(capsys, make(model, "--out", out, "--force", command=("continue", "mine.wav")))
     assert "is the recording itself, which would be lost; choose another name" in message
     assert Path("mine.wav").read_bytes() == before and Path("link.wav").is_symlink()
 
@@ -337,7 +389,8 @@ def test_a_disk_that_fills_leaves_no_half_file(model, capsys, monkeypatch):
     ("generate --tempo 3", "--tempo.*; see pianodiff generate --help"),
     ("continue", "SOUND.*; see pianodiff continue --help"),
     ("train store run --lr fast", "--lr: .* 'fast'; see pianodiff train --help"),
-    ("genrate", "genrate.*; see pianodiff --help"),
+    ("generate --secods 3", "--secods, 3; did you mean --seconds[?] see pianodiff generate --help"),
+    ("train store run --batchsize 4", "--batchsize, 4; did you mean --batch-size[?] see pianodiff train --help"),
     ("", "generate, continue.*; see pianodiff --help"),
 ])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # in which tyro draws its box
@@ -346,9 +399,25 @@ def test_usage_errors(capsys, monkeypatch, line, message, encoding):
     assert re.match(f"pianodiff: [A-Z][^─│]*{message}\n$", refused(capsys, main(line.split())))
 
 
+@pytest.mark.parametrize(("word", "advice"), [
+    ("genrate", "did you mean 'generate'? see pianodiff --help"), ("xyz", "see pianodiff --help")])
+def test_a_command_that_is_not_there(capsys, word, advice):
+    assert refused(capsys, main([word])) == f"pianodiff: there is no command {word!r}; {advice}\n"
+
+
+def test_completion_knows_commands_and_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--tyro-print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert not stop.value.code and all(word in script for word in ("generate", "--guidance-interval", "--batch-size"))
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pianodiff {pianodiff.__version__}\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"pianodiff {pianodiff.__version__}, as --version says" in capsys.readouterr().out
 
 
 def test_any_name_can_be_printed(model):
@@ -409,7 +478,8 @@ def test_interrupted_by_another_signal(model, monkeypatch, capsys, name):
 
 def test_interrupted_before_there_is_a_sound(model):
     Path("piano.wav").write_text("what was there before")
-    interrupted(shell(model, "--seconds", "80000", "--steps", "10000"), signal.SIGINT, lambda: len(os.listdir()) == 2)
+    process = shell(model, "--seconds", "80000", "--steps", "10000", "--force")
+    interrupted(process, signal.SIGINT, lambda: len(os.listdir()) == 2)
     assert os.listdir() == ["piano.wav"] and Path("piano.wav").read_text() == "what was there before"
 
 
@@ -487,15 +557,43 @@ def test_a_disk_that_fills_while_writing(model):
 
 def test_info(model, capsys):
     config = json.loads(Path(model, "config.json").read_text())
-    config["training"] = {"images": 400_000, "licence": "CC BY-NC-SA 4.0", "loss": {"0.1": 0.123456}}
-    Path(model, "config.json").write_text(json.dumps(config))
-    assert main(["info", model]) == 0
-    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert rows["parameters"] == f"{sum(p.numel() for p in tiny_piano().net.parameters()):,}"
-    assert rows["block"] == "32 x 32, 0.064 s at 8,000 Hz"
-    assert rows["training.images"] == "400,000" and rows["training.licence"] == "CC BY-NC-SA 4.0"
-    assert rows["training.loss.0.1"] == "0.1235" and rows["spectrogram.hop_length"] == "16"
-    assert rows["unet.channels"] == "8, 16"
+    first = {"images": 100_000, "seconds": 3600}
+    last = {"images": 400_000, "seconds": 90, "device": "H100", "data": "music.zip", "hours": {"train": 1.25},
+            "validation": {"loss": {"0.1": 0.123456}}, "ancestor": first | {"ancestor": first}}
+    Path(model, "config.json").write_text(json.dumps(config | {"licence": "CC BY 4.0", "training": last}))
+    Path(model, "README.md").write_text("# A card")
+
+    def rows(*flags: str) -> dict[str, str]:
+        assert main(["info", model, *flags]) == 0
+        return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+    short = rows()
+    size = sum(p.numel() for p in tiny_piano().net.parameters())
+    assert short["network"].startswith(f"{size:,} parameters, ") and short["card"] == f"{model}/README.md"
+    assert short["block"] == "32 x 32, 0.064 s at 8,000 Hz" and short["data"] == "music.zip: train 1.25 h"
+    assert short["trained"] == "400,000 blocks in 2 minutes, H100" and short["licence"] == "CC BY 4.0"
+    assert short["before that"] == "200,000 blocks in 120 minutes, cpu" and short["loss by sigma"] == "0.123 at 0.1"
+    whole = rows("--all")
+    assert short.items() <= whole.items() and len(short) <= 12
+    assert whole["training.images"] == "400,000" and whole["training.ancestor.ancestor.seconds"] == "3,600"
+    assert whole["training.validation.loss.0.1"] == "0.1235" and whole["spectrogram.hop_length"] == "16"
+    assert whole["unet.channels"] == "8, 16"
+
+
+@pytest.mark.parametrize("name", ["nano", "base"])
+def test_info_of_what_ships(capsys, name):
+    assert main(["info", name]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 12 and "CC BY-NC-SA 4.0" in out
+
+
+def test_the_help_names_what_ships(capsys):
+    shipped = sorted(path.parent.name for path in ROOT.glob("pianodiff/weights/*/config.json"))
+    for command in ("generate", "info"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        out = capsys.readouterr().out
+        assert all(re.search(rf"\b{name}\b", out) for name in shipped)
 
 
 def test_prepare(monkeypatch, capsys):
@@ -531,7 +629,7 @@ def test_train(model, monkeypatch, capsys, tmp_path):
     assert asked == {"store": "store", "run": Path("run"), "config": expected, "init": Path(model),
                      "on_snapshot": pianodiff.cli.snapshot}
     assert "trained on 5,008 blocks" in capsys.readouterr().out  # what it has seen, not what was asked for
-    assert "lr must be positive" in refused(capsys, main("train store run --lr -1".split()))
+    assert ": --lr must be positive" in refused(capsys, main("train store run --lr -1".split()))
     assert "no model 'nanno'" in refused(capsys, main("train store run --init nanno".split()))
 
 

@@ -111,7 +111,8 @@ DEFAULTS = {
     "generate.Piano.stream": {"seconds": None},
 }
 COMMANDS = {
-    "generate": "--seconds --seed --out --image --model --steps --sampler --guidance --guidance-interval --play",
+    "generate": "--seconds --seed --out --image --model --steps --sampler --guidance --guidance-interval --device "
+                "--play --force",
     "continue": "--seconds --out --play",
     "prepare": "--preset",
     "train": "--preset --init",

@@ -169,6 +169,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'pianodiff.evaluate._command': ('evaluate.html#_command', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._described': ('evaluate.html#_described', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._facts': ('evaluate.html#_facts', 'pianodiff/evaluate.py'),
+                                    'pianodiff.evaluate._flags': ('evaluate.html#_flags', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._is_sound': ('evaluate.html#_is_sound', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._png': ('evaluate.html#_png', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate._sections': ('evaluate.html#_sections', 'pianodiff/evaluate.py'),

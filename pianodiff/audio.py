@@ -106,18 +106,23 @@ def rate_of(wave: Any, sample_rate: int | None = None) -> int:
 
 
 class Wave(Tensor):
-    """A wave `[T]` that knows its `sample_rate` and the `seed` it was made from, if any; Jupyter plays it.
+    """A wave `[T]` that knows its `sample_rate`, and the `seed` it was made from, if any.
 
-    What is computed from it, copied or saved is a plain tensor. Raises ValueError for another shape than `[T]`.
+    Jupyter plays it. What is computed from it, copied or saved is a plain tensor.
+    Raises ValueError for another shape than `[T]`.
     """
 
     sample_rate: int
     seed: int | None
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain
+    # results are plain tensors
+    __torch_function__ = (
+        torch._C._disabled_torch_function_impl)  # type: ignore[assignment]
 
-    def __new__(cls, wave: Tensor, sample_rate: int = 8000, seed: int | None = None) -> "Wave":
+    def __new__(cls, wave: Tensor, sample_rate: int = 8000,
+                seed: int | None = None) -> "Wave":
         if wave.ndim != 1:
-            raise ValueError(f"a wave [T] is needed, not one of shape {list(wave.shape)}")
+            shape = list(wave.shape)
+            raise ValueError(f"a wave [T] is needed, not one of shape {shape}")
         made = wave.as_subclass(cls)
         made.sample_rate, made.seed = sample_rate, seed
         return made
@@ -130,14 +135,16 @@ class Wave(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         seed = "" if self.seed is None else f", seed {self.seed}"
-        return f"Wave({len(self) / self.sample_rate:.3f} s at {self.sample_rate} Hz{seed})"
+        seconds = len(self) / self.sample_rate
+        return f"Wave({seconds:.3f} s at {self.sample_rate} Hz{seed})"
 
     def _repr_html_(self) -> str:
         short = self.sample_rate in MP3_RATES
         kind, encode = ("mpeg", to_mp3) if short else ("flac", to_flac)
         sound = base64.b64encode(encode(self, self.sample_rate)).decode()
         name = "sound" if self.seed is None else f"sound of seed {self.seed}"
-        return f'<audio controls aria-label="{name}" src="data:audio/{kind};base64,{sound}"></audio>'
+        return (f'<audio controls aria-label="{name}" '
+                f'src="data:audio/{kind};base64,{sound}"></audio>')
 
 # %% ../nbs/02_audio.ipynb #5e3a91c7
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ def _of_sound(path: Path) -> dict[str, Any]:
 
 def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /, *,
          all: bool = False) -> None:
-    """Tell what a model is: its size, its training, its licence; or how a sound was made.
+    """Tell what a model is: size, data, training, licence; or how a sound was made.
 
     Args:
         model: nano, base, a model's folder, a Hub id (user/repo), or a sound file

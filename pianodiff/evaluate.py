@@ -194,12 +194,18 @@ def _settings_of(
     return cfg, levels
 
 
+def _flags(pieces: int, seconds: float, sampling: Sampling) -> dict[str, Any]:
+    """What the command line says of a model's pieces."""
+    how = asdict(sampling)
+    return {"pieces": pieces, "seconds": seconds, "steps": how.pop("num_steps")} | how
+
+
 def _command(generated: str | os.PathLike, reference: str | os.PathLike,
              **options: Any) -> str:
     """The command line that gives the same figures."""
     words = ["pianodiff", "evaluate", str(generated), str(reference)]
     for name, value in options.items():
-        if value is not None and value != ():
+        if value is not None and value not in ((), []):
             values = value if isinstance(value, list | tuple) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)
@@ -235,15 +241,14 @@ def _check(blocks: int, transpose: int, seed: int, embeddings: Sequence[str]) ->
 
 # %% ../nbs/18_evaluate.ipynb #95aaa4ba
 def evaluate(
-    generated: str | os.PathLike, reference: str | os.PathLike,
-    out: str | os.PathLike, *, pieces: int = 10, seconds: float = 61.44,
-    steps: int = NUM_STEPS, sampler: str = SAMPLER, guidance: float = GUIDANCE,
+    generated: str | os.PathLike, reference: str | os.PathLike, out: str | os.PathLike,
+    *, pieces: int = 10, seconds: float = 61.44, steps: int = NUM_STEPS,
+    sampler: str = SAMPLER, guidance: float = GUIDANCE,
     guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
     training: str | os.PathLike | None = None, transpose: int = 0,
     embeddings: Sequence[str] = ("logmel",), splits: Sequence[str] = (),
     blocks: int = 2000, most: int = 30, seed: int = 0,
-    cache: str | os.PathLike | None = None,
-    soundfont: str | os.PathLike | None = None,
+    cache: str | os.PathLike | None = None, soundfont: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Compare generated music with real music, and write a report.
 
@@ -267,11 +272,9 @@ def evaluate(
     cfg, levels = _settings_of(generated, training)
     loaded = [load_embedding(name) for name in embeddings]
     find_recordings(reference)  # raises before the work begins
-    if model:
-        made = make_pieces(generated, home / "pieces", pieces=pieces, seconds=seconds,
-                           sampling=sampling, seed=seed, least=_LEAST)
-    else:
-        made = _sound(generated, cfg)
+    made = make_pieces(
+        generated, home / "pieces", pieces=pieces, seconds=seconds, sampling=sampling,
+        seed=seed, least=_LEAST) if model else _sound(generated, cfg)
     middle = time.perf_counter()
 
     real = read_pieces(reference, cfg, normalize=True, seed=seed, splits=splits,
@@ -280,16 +283,15 @@ def evaluate(
     facts = _facts(comparison, generated, model, reference, splits, training)
     sections = [facts, *_sections(comparison, loaded, training, transpose, home)]
 
-    how = {"pieces": pieces, "seconds": seconds, "steps": steps, "sampler": sampler,
-           "guidance": guidance, "guidance_interval": tuple(guidance_interval)}
-    results: dict[str, Any] = {"command": _command(
-        generated, reference, **(how if model else {}), training=training,
-        transpose=None if training is None else transpose, embeddings=tuple(embeddings),
-        splits=tuple(splits), blocks=blocks, seed=seed, soundfont=soundfont)}
-    results["sampling"] = asdict(sampling) | levels if model else None
-    results["seconds"] = {
-        "making": round(middle - begin, 1) if model else 0.0,
-        "evaluating": round(time.perf_counter() - (middle if model else begin), 1)}
+    how = _flags(pieces, seconds, sampling) if model else {}
+    how |= {"training": training, "transpose": None if training is None else transpose}
+    results: dict[str, Any] = {
+        "command": _command(generated, reference, **how, embeddings=embeddings,
+                            splits=splits, blocks=blocks, seed=seed,
+                            soundfont=soundfont),
+        "sampling": asdict(sampling) | levels if model else None,
+        "seconds": {"making": round(middle - begin, 1) if model else 0.0,
+                    "evaluating": round(time.perf_counter() - middle, 1)}}
     for section in sections:
         results |= section.results
     write_report(out, results, sections, cfg)

@@ -107,7 +107,7 @@ def test_a_store_of_other_spectrograms_is_refused(music, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["nowhere", "real"], "nowhere is no folder of sound files, and there is no model 'nowhere'"),
-    (["nano", "real", "--steps", "0", "--cache", "kept"], "num_steps"),
+    (["nano", "real", "--steps", "0", "--cache", "kept"], "--steps must be a whole number"),
     (["nano", "real", "--seconds", "1"], "hold no blocks"),
     (["nano", "real", "--pieces", "0"], "hold no blocks"),
     (["nano", "real", "--pieces", "1", "--seconds", "6.2"], "hold 3 blocks of 2.048 s; give 4 or more"),
@@ -120,7 +120,7 @@ def test_a_store_of_other_spectrograms_is_refused(music, tmp_path):
     (["made", "real", "--embeddings", "no/such"], "no/such can't be loaded"),
     (["made", "real", "--embeddings", "logmell"], "no embedding 'logmell'; give logmel,"),
     (["made", "real", "--embeddings"], "an embedding be named; not 2000, 0, 0 and none"),
-    (["made", "real", "--blocks", "0"], "blocks must be at least 1"),
+    (["made", "real", "--blocks", "0"], "--blocks must be at least 1"),
     (["nano", "real", "--transpose", "-1"], "transpose and seed at least 0"),
     (["made", "real", "--splits", "best"], "no recordings of the splits best"),
     (["made", "real", "--blocks", "3"], "too few blocks"),

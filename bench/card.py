@@ -19,8 +19,7 @@ from pianodiff.model import NOISE_LEVELS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "pianodiff" / "weights"
-CONTROLS = {"real": "other real music: the floor",
-            "retrieved": "the same through spectrogram and phase retrieval: the ceiling"}
+CONTROLS = {"real": "other real music", "retrieved": "the same music, through spectrogram and phase retrieval"}
 STATISTICS = {"notes_per_second": ("notes a second", 1), "polyphony": ("notes that sound at once", 1),
               "register": ("register, median MIDI pitch", 0), "key_clarity": ("clarity of the key", 2),
               "level": ("level, dBFS", 1), "flatness": ("spectral flatness, dB", 1)}
@@ -95,7 +94,8 @@ def distances(reports: dict[str, dict[str, Any]]) -> str:
             + "\nThe intervals hold for the mean over infinitely many pieces. They were estimated from "
             f"{pieces} by a model and {controls['real']['pieces']} real ones;\nso few real pieces say little about "
             f"real music. Over {len(floor)} random splits by title, other real music lies {spread(floor)}\n"
-            f"from the rest, by the Fréchet distance. Against the same references, {away}.\n")
+            f"from the rest, by the Fréchet distance. Against the same references, {away}.\n"
+            "A model can lie nearer than other real music: its pieces are alike, and real pieces differ.\n")
 
 
 def spread(values: list[float]) -> str:
@@ -114,7 +114,7 @@ def music(reports: dict[str, dict[str, Any]]) -> str:
     real = report["joins"]["real neighbours"]["flux"]["auc"]
     rows += ["| probability that a join shows more flux than a block's middle | "
              + " | ".join(f"{auc:.2f}" for auc in [*flux, real]) + " | |"]
-    rows += ["| blocks as near to a training passage as the nearest 1 % of held-out music | "
+    rows += ["| suspected copies: blocks as near to a training passage as the nearest 1 % of held-out music | "
              + " | ".join([*(f"{copies(own):.1%}" for own in reports.values()), "1 %"]) + " | |"]
     return ("Medians over blocks, then joins and copies. The white noise has the levels of real blocks. Where it comes "
             "near\nmusic, a median says little.\n\n"
@@ -140,9 +140,14 @@ def in_short(trainings: dict[str, dict[str, Any]], reports: dict[str, dict[str, 
               f"{_frechet(controls['real'])} for other real music, {_frechet(controls['noise'])} for white noise.",
               f"Notes a second: {of_each(lambda own: _notes(own, 'model'))}, {_notes(report, 'reference')} "
               "for real music.",
-              "Blocks as near to a training passage as the nearest 1 % of held-out music: "
-              f"{of_each(lambda own: f'{copies(own):.1%}')}."]
+              "Noise between the partials, as spectral flatness (less is cleaner): "
+              f"{of_each(lambda own: _flatness(own, 'model'))}, {_flatness(report, 'reference')} for real music.",
+              f"Blocks suspected of being copies: {of_each(lambda own: f'{copies(own):.1%}')}, 1 % for held-out music."]
     return "".join(f"- {line}\n" for line in lines)
+
+
+def _flatness(report: dict[str, Any], whose: str) -> str:
+    return f"{report['statistics']['flatness'][whose]['median']:.1f} dB".replace("-", "−")
 
 
 def _frechet(row: dict[str, Any]) -> str:
@@ -189,7 +194,7 @@ def parts(shipped: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[Pat
     cards = {MODELS / model / "README.md": f"It has seen {history(training)}.\n\n{losses(training)}\n"
              + "\n".join(measure({model: reports[model]}) for measure in (distances, music, sampled))
              for model, training in trainings.items()}
-    return cards | {ROOT / "README.md": in_short(trainings, reports) + sampled(reports),
+    return cards | {ROOT / "README.md": f"{in_short(trainings, reports)}\n{sampled(reports)}",
                     ROOT / "book" / "bench.md": f"{ages}\n{distances(reports)}\n{music(reports)}\n{sampled(reports)}",
                     ROOT / "book" / "related.md": cost(trainings)}
 

@@ -559,6 +559,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'pianodiff.train._join': ('train.html#_join', 'pianodiff/train.py'),
                                  'pianodiff.train._loop': ('train.html#_loop', 'pianodiff/train.py'),
                                  'pianodiff.train._loss': ('train.html#_loss', 'pianodiff/train.py'),
+                                 'pianodiff.train._pace': ('train.html#_pace', 'pianodiff/train.py'),
                                  'pianodiff.train._plain': ('train.html#_plain', 'pianodiff/train.py'),
                                  'pianodiff.train._resume': ('train.html#_resume', 'pianodiff/train.py'),
                                  'pianodiff.train._save': ('train.html#_save', 'pianodiff/train.py'),

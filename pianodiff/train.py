@@ -286,7 +286,7 @@ def _agree(
     mean_loss, mean_norm, stopping = run.accelerator.reduce(own, "mean").tolist()
     if not math.isfinite(mean_loss + mean_norm):
         raise ValueError(f"the loss is {mean_loss} and the gradient's norm {mean_norm} "
-                         f"at step {run.state.facts.step} (after {run.images} images): "
+                         f"at step {run.state.facts.step} (after {run.images} blocks): "
                          f"lower lr ({run.config.lr:g}) and begin a new run")
     return mean_loss, mean_norm, stopping > 0
 
@@ -392,6 +392,14 @@ class TrainLog:
         self.events.close()
 
 # %% ../nbs/10_train.ipynb #49ccc264
+def _pace(rate: float, images: int, total: int) -> str:
+    """How long a run will take at `rate` blocks a second."""
+    hours = (total - images) / rate / 3600
+    left = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    return (f"{rate:.3g} blocks a second: {left} are left for {total:,} blocks; "
+            "--images N asks for fewer")
+
+
 class _Progress:
     """A run's bar and log; only the `main` process has them."""
 
@@ -399,15 +407,22 @@ class _Progress:
                  main: bool) -> None:
         self.log = TrainLog(run, images) if main else None
         self.bar = progress_bar(total=config.steps * config.batch_size, initial=images,
-                                unit=" images", disable=not main)
+                                unit=" blocks", disable=not main)
         self.history: list[tuple[float, float]] = []
         self.since = images, seconds
+        self.start: tuple[int, float] | None = None  # after the first step
+        self.pace_told = not main
 
-    def step(self, blocks: int, loss: float, norm: float) -> None:
-        """Take in a step's loss and gradient norm."""
+    def step(self, images: int, seconds: float, loss: float, norm: float) -> None:
+        """Take in a step's loss and gradient norm, and what the run has come to."""
         self.history.append((loss, norm))
-        self.bar.update(blocks)
+        self.bar.update(images - self.bar.n)
         self.bar.set_postfix(loss=f"{np.mean(self.history, 0)[0]:.4f}", refresh=False)
+        self.start = self.start or (images, seconds)
+        if not self.pace_told and seconds - self.start[1] >= 60:
+            rate = (images - self.start[0]) / (seconds - self.start[1])
+            _tell(_pace(rate, images, int(self.bar.total)))
+            self.pace_told = True
 
     def row(self, images: int, seconds: float, lr: float,
             validation: dict[str, float]) -> None:
@@ -475,7 +490,7 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
             facts.step += 1
             state.ema.update(state.net, facts.step)
             facts.seconds += time.perf_counter() - clock
-            progress.step(config.batch_size, mean_loss, mean_norm)
+            progress.step(run.images, facts.seconds, mean_loss, mean_norm)
 
             validation = _validate(run) if due(config.eval_images) else {}
             snapshot = due(config.snapshot_images)
@@ -485,7 +500,7 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
             if saving:
                 _save(run)
             if stopping and run.main:
-                _tell(f"stopped after {run.images} images; "
+                _tell(f"stopped after {run.images:,} blocks; "
                       "the same command goes on from there")
             if stopping:
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
@@ -580,10 +595,13 @@ def train(
                          "choose another") from error
     with _disk_full_told(folder), _alone(folder) if this.main else nullcontext():
         if this.state.facts.step < config.steps:
+            if this.main and this.images:
+                _tell(f"goes on from {this.checkpoint}, after {this.images:,} of "
+                      f"{config.images:,} blocks")
             _loop(this, on_snapshot)
         elif not (folder / "model").exists():
             _save(this)
         elif this.main:
-            _tell(f"{folder} has seen {this.images} images, and no more are asked for: "
-                  "nothing is left to do")
+            _tell(f"{folder} has seen {this.images:,} blocks, and no more are asked "
+                  "for: nothing is left to do")
     return folder / "model"

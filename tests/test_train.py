@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import BlockDataset, prepare
 from pianodiff.model import load_model, noise_levels
 from pianodiff.recipe import EVAL_SIGMAS, TrainConfig, learning_rate
-from pianodiff.train import load_checkpoint, save_checkpoint, train
+from pianodiff.train import _Progress, load_checkpoint, save_checkpoint, train
 from pianodiff.unet import UNetConfig
 
 SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)
@@ -161,15 +162,25 @@ def test_a_full_disk_leaves_the_last_checkpoint(store, whole, tmp_path):
     assert_same_end(tmp_path, whole)
 
 
+def test_a_run_says_after_a_minute_what_is_left(tmp_path, capfd):
+    """One line; the first step, which may compile the network, tells nothing of the rate."""
+    with closing(_Progress(tmp_path, replace(CONFIG, images=86_440), 20, 300.0, main=True)) as progress:
+        for step in range(20):
+            progress.step(24 + 40 * step, 400.0 + 10 * step, loss=0.5, norm=1.0)
+    told = [line for line in capfd.readouterr().err.splitlines() if "blocks a second" in line]
+    assert told == ["4 blocks a second: 6.0 hours are left for 86,440 blocks; --images N asks for fewer"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_a_checkpoint(store, whole, tmp_path, capfd, number):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
         train(store, tmp_path, CONFIG, on_snapshot=lambda model, images: os.kill(os.getpid(), number))
     assert stop.value.code == 128 + number
-    assert "stopped after 52 images; the same command goes on" in capfd.readouterr().err
+    assert "stopped after 52 blocks; the same command goes on" in capfd.readouterr().err
     assert signal.getsignal(number) is before
     train(store, tmp_path, CONFIG)
+    assert f"goes on from {tmp_path / 'checkpoint.safetensors'}, after 52 of 96 blocks\n" in capfd.readouterr().err
     timeless = [row for row in rows(tmp_path) if row["images"] != "52"]  # the stop has a row of its own
     assert [row["images"] for row in timeless] == [row["images"] for row in rows(whole)]
     mine, theirs = (load_checkpoint(run / "checkpoint.safetensors")[0] for run in (tmp_path, whole))
@@ -191,7 +202,7 @@ def test_a_finished_run_returns_and_can_be_prolonged(store, whole, tmp_path, cap
     assert (tmp_path / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".json")}
     train(store, tmp_path, replace(CONFIG, images=8))
-    assert "has seen 96 images, and no more are asked for: nothing is left to do" in capsys.readouterr().err
+    assert "has seen 96 blocks, and no more are asked for: nothing is left to do" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in before} == before
     longer = replace(CONFIG, images=112)
     assert learning_rate(longer, 96) > learning_rate(CONFIG, 95)
@@ -298,7 +309,7 @@ def test_fine_tuning_needs_the_same_network(store, whole, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(store, tmp_path):
     config = replace(CONFIG, lr=1e30, warmup_images=0, checkpoint_images=4)
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) .* at step 1 \(after 4 images\): lower lr"):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) .* at step 1 \(after 4 blocks\): lower lr"):
         train(store, tmp_path, config)
     assert load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 1
 

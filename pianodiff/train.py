@@ -139,7 +139,7 @@ _RESUMABLE = ("images", "mixed_precision", "compile", "in_memory", "workers",
               "log_images", "eval_images", "checkpoint_images", "snapshot_images")
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """A dataclass or dictionary as it comes back from JSON."""
     return json.loads(json.dumps(value if isinstance(value, dict) else asdict(value)))
 
@@ -153,9 +153,9 @@ def _identity(
     config: TrainConfig, info: Store, blocks: int, init: str | None
 ) -> dict[str, Any]:
     """All that makes a run the one it is."""
-    settings = {key: value for key, value in _plain(config).items()
+    settings = {key: value for key, value in _as_json(config).items()
                 if key not in (*_RESUMABLE, "unet")}
-    network = {f"unet.{key}": value for key, value in _plain(config.network).items()}
+    network = {f"unet.{key}": value for key, value in _as_json(config.network).items()}
     data = {"source": info.source, "training blocks": blocks}
     return settings | network | data | {"init": init}
 
@@ -174,7 +174,7 @@ def _from_model(
     """
     net, model = load_model(init)
     for key, mine in (("unet", config.network), ("spectrogram", info.cfg)):
-        if differences := _differences(_plain(model[key]), _plain(mine)):
+        if differences := _differences(_as_json(model[key]), _as_json(mine)):
             raise ValueError(f"{init} ({model['name']}) and this run ({config.preset}) "
                              f"differ in {key}: {differences}; "
                              "choose the model's preset")
@@ -319,11 +319,11 @@ def _card(run: _Run) -> dict[str, Any]:
                 "validation": facts.validation, "ancestor": facts.ancestor,
                 "torch": torch.__version__,
                 "device": torch.cuda.get_device_name() if device == "cuda" else device,
-                "settings": {k: v for k, v in _plain(config).items() if k != "unet"}}
+                "settings": {k: v for k, v in _as_json(config).items() if k != "unet"}}
     name = "custom" if config.unet else config.preset
     levels = noise_levels(facts.ancestor or NOISE_LEVELS.get(name, {}))
     return {"format": MODEL_FORMAT, "name": name, "preset": config.preset,
-            "spectrogram": asdict(info.cfg), "unet": _plain(config.network),
+            "spectrogram": asdict(info.cfg), "unet": _as_json(config.network),
             "mean": facts.mean, "std": facts.std, "sigma_data": run.denoiser.sigma_data,
             **levels, "training": training}
 

@@ -50,7 +50,8 @@ class TrainConfig:
     eval_blocks: int = 128  # blocks to validate on
     eval_images: int = 50_000  # images between validations
     log_images: int = 1_000  # images between rows of the log
-    checkpoint_images: int = 20_000  # images between checkpoints
+    checkpoint_images: int = 20_000  # images between checkpoints, at most
+    checkpoint_seconds: float = 300  # seconds between checkpoints, at most
     snapshot_images: int = 100_000  # images between samples, in RUN/samples
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 where native
     compile: bool = False  # torch.compile the network: minutes at first, faster after
@@ -73,7 +74,7 @@ class TrainConfig:
 # %% ../nbs/09_recipe.ipynb #ccc961d0
 _POSITIVE = ("images", "batch_size", "lr", "P_std", "grad_clip", "workers",
              "eval_blocks", "eval_images", "log_images", "checkpoint_images",
-             "snapshot_images")
+             "checkpoint_seconds", "snapshot_images")
 
 
 def _check_settings(config: TrainConfig) -> None:

@@ -136,7 +136,8 @@ class _State:
 # %% ../nbs/10_train.ipynb #f90eb120
 # what may change when a run is resumed; all else would make it another run
 _RESUMABLE = ("images", "mixed_precision", "compile", "in_memory", "workers",
-              "log_images", "eval_images", "checkpoint_images", "snapshot_images")
+              "log_images", "eval_images", "checkpoint_images", "checkpoint_seconds",
+              "snapshot_images")
 
 
 def _as_json(value: Any) -> Any:
@@ -276,19 +277,19 @@ def _loss(run: _Run, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _agree(
-    run: _Run, loss: Tensor, norm: Tensor, stop: bool
-) -> tuple[float, float, bool]:
-    """The processes' mean loss and gradient norm, and whether any was told to stop.
+    run: _Run, loss: Tensor, norm: Tensor, *flags: bool
+) -> tuple[float, float, list[bool]]:
+    """The processes' mean loss and gradient norm, and which flags any of them raised.
 
     Raises ValueError where the means are not finite.
     """
-    own = torch.stack([loss.detach(), norm, loss.new_tensor(float(stop))])
-    mean_loss, mean_norm, stopping = run.accelerator.reduce(own, "mean").tolist()
+    own = torch.stack([loss.detach(), norm, *loss.new_tensor(flags)])
+    mean_loss, mean_norm, *raised = run.accelerator.reduce(own, "mean").tolist()
     if not math.isfinite(mean_loss + mean_norm):
         raise ValueError(f"the loss is {mean_loss} and the gradient's norm {mean_norm} "
                          f"at step {run.state.facts.step} (after {run.images} blocks): "
                          f"lower lr ({run.config.lr:g}) and begin a new run")
-    return mean_loss, mean_norm, stopping > 0
+    return mean_loss, mean_norm, [flag > 0 for flag in raised]
 
 # %% ../nbs/10_train.ipynb #cbf5f092
 from .model import MODEL_FORMAT, NOISE_LEVELS, save_model
@@ -462,21 +463,21 @@ class _Stop:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-# %% ../nbs/10_train.ipynb #cc0e3121
+# %% ../nbs/10_train.ipynb #9d7c21aa
 def _due(run: _Run, every: int) -> bool:
     """Has this step passed a multiple of `every` images, or ended the run?"""
     ended = run.state.facts.step >= run.config.steps
     before = run.images - run.config.batch_size
     return ended or run.images // every > before // every
 
-
+# %% ../nbs/10_train.ipynb #cc0e3121
 def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
     """Train to the end, or until told to stop."""
     config, state, due = run.config, run.state, partial(_due, run)
     facts, steps = state.facts, range(state.facts.step, config.steps)
     progress = _Progress(run.folder, config, run.images, facts.seconds, run.main)
     with _Stop() as stop, closing(progress):
-        clock = time.perf_counter()
+        clock, saved = time.perf_counter(), time.monotonic()
         for batch in ahead(partial(_draw, run), steps, config.workers):
             lr = learning_rate(config, (facts.step + 0.5) * config.batch_size)
             for group in state.optimizer.param_groups:
@@ -484,7 +485,9 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
             loss = _loss(run, batch)
             run.accelerator.backward(loss)
             norm = nn.utils.clip_grad_norm_(state.net.parameters(), config.grad_clip)
-            mean_loss, mean_norm, stopping = _agree(run, loss, norm, stop.signal > 0)
+            late = run.main and time.monotonic() - saved >= config.checkpoint_seconds
+            mean_loss, mean_norm, (stopping, saving) = _agree(
+                run, loss, norm, stop.signal > 0, late)
             state.optimizer.step()
             state.optimizer.zero_grad()
             facts.step += 1
@@ -494,11 +497,12 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
 
             validation = _validate(run) if due(config.eval_images) else {}
             snapshot = due(config.snapshot_images)
-            saving = stopping or snapshot or due(config.checkpoint_images)
+            saving |= stopping or snapshot or due(config.checkpoint_images)
             if validation or saving or due(config.log_images):
                 progress.row(run.images, facts.seconds, lr, validation)
             if saving:
                 _save(run)
+                saved = time.monotonic()
             if stopping and run.main:
                 _tell(f"stopped after {run.images:,} blocks; "
                       "the same command goes on from there")

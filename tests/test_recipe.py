@@ -40,7 +40,7 @@ def data(tmp_path_factory) -> BlockDataset:
     ({"betas": (0.9,)}, "betas must be two"),
     ({"ema_std": 0.5}, "ema_std must lie"), ({"ema_std": 0}, "ema_std must lie"),
     ({"batch_size": 4.5}, "batch_size must be a whole number, not 4.5"), ({"seed": 1.5}, "seed must be a whole"),
-    ({"workers": float("nan")}, "workers must be a"),
+    ({"workers": float("nan")}, "workers must be a"), ({"checkpoint_seconds": 0}, "checkpoint_seconds must"),
 ])
 def test_bad_settings_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):

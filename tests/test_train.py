@@ -9,9 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from dataclasses import fields, replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +172,29 @@ def test_a_run_says_after_a_minute_what_is_left(tmp_path, capfd):
             progress.step(24 + 40 * step, 400.0 + 10 * step, loss=0.5, norm=1.0)
     told = [line for line in capfd.readouterr().err.splitlines() if "blocks a second" in line]
     assert told == ["4 blocks a second: 6.0 hours are left for 86,440 blocks; --images N asks for fewer"]
+
+
+@pytest.mark.parametrize("settings, pause, steps", [
+    ({"checkpoint_seconds": 1e-9}, 0.0, list(range(1, 25))),    # each time
+    ({"checkpoint_images": 96}, 70.0, [5, 10, 12, 17, 22, 24]),  # 300 seconds are five steps; 12 and 24 are snapshots
+    ({"checkpoint_images": 96}, 0.0, [12, 24]),
+])
+def test_a_checkpoint_is_due_by_the_clock_too(store, whole, tmp_path, monkeypatch, settings, pause, steps):
+    seconds, written = count(), []
+    clock = SimpleNamespace(perf_counter=time.perf_counter,
+                            monotonic=lambda: pause * next(seconds) if pause else time.monotonic())
+    monkeypatch.setattr("pianodiff.train.time", clock)
+
+    def save(path, tensors, about):
+        written.append(about["step"])
+        save_checkpoint(path, tensors, about)
+
+    monkeypatch.setattr("pianodiff.train.save_checkpoint", save)
+    train(store, tmp_path, replace(CONFIG, **settings))
+    assert written == steps
+    mine, theirs = (load_checkpoint(run / "checkpoint.safetensors")[0] for run in (tmp_path, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert (tmp_path / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

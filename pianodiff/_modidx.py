@@ -564,6 +564,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'pianodiff.train._resume': ('train.html#_resume', 'pianodiff/train.py'),
                                  'pianodiff.train._save': ('train.html#_save', 'pianodiff/train.py'),
                                  'pianodiff.train._tell': ('train.html#_tell', 'pianodiff/train.py'),
+                                 'pianodiff.train._tell_of_splits': ('train.html#_tell_of_splits', 'pianodiff/train.py'),
                                  'pianodiff.train._validate': ('train.html#_validate', 'pianodiff/train.py'),
                                  'pianodiff.train.load_checkpoint': ('train.html#load_checkpoint', 'pianodiff/train.py'),
                                  'pianodiff.train.save_checkpoint': ('train.html#save_checkpoint', 'pianodiff/train.py'),

@@ -560,6 +560,18 @@ def _disk_full_told(run: Path) -> Iterator[None]:
                       ) from error
 
 # %% ../nbs/10_train.ipynb #44d0bee6
+def _tell_of_splits(run: _Run) -> None:
+    """Say where a store has no validation split, or keeps most of its music back."""
+    url, splits = run.data.info.url, [r["split"] for r in run.data.info.recordings]
+    if run.held.split == "train":
+        held = len(run.data) - run.held.training_blocks
+        _tell(f"{url} has no validation split; "
+              f"its last {held} training blocks serve as one")
+    if splits.count("train") == 1 < len(splits):
+        _tell(f"{url} has one recording to train on, beside {len(splits) - 1} for "
+              "validation and test; prepare more recordings")
+
+
 def train(
     store: str | os.PathLike,
     run: str | os.PathLike,
@@ -588,10 +600,8 @@ def train(
     folder = Path(run)
     _check_run(folder, store)
     this = _Run(store, folder, config, init)
-    if this.main and this.held.split == "train":
-        held = len(this.data) - this.held.training_blocks
-        _tell(f"{this.data.info.url} has no validation split; "
-              f"its last {held} training blocks serve as one")
+    if this.main:
+        _tell_of_splits(this)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -325,6 +325,16 @@ def test_fine_tuning_starts_from_a_model_and_keeps_its_scale(store, whole, tmp_p
     torch.testing.assert_close(net.state_dict(), old.state_dict(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("files, warned", [(3, True), (4, False), (1, False)])
+def test_a_store_that_keeps_most_of_its_music_back_is_warned_of(tmp_path, capfd, files, warned):
+    prepare(chords(tmp_path / "wav", files), tmp_path / "store", SPECTROGRAM, jobs=1)
+    capfd.readouterr()
+    train(tmp_path / "store", tmp_path / "run", replace(CONFIG, images=4))
+    told = [line for line in capfd.readouterr().err.splitlines() if line.endswith("prepare more recordings")]
+    expected = f"{tmp_path / 'store'} has one recording to train on, beside 2 for validation and test"
+    assert told == [f"{expected}; prepare more recordings"] * warned
+
+
 def test_fine_tuning_needs_the_same_network(store, whole, tmp_path):
     with pytest.raises(ValueError, match=r"model \(custom\) and this run \(nano\) differ in unet: patch was 4, is 2"):
         train(store, tmp_path / "run", replace(CONFIG, unet=replace(NETWORK, patch=2)), init=whole / "model")

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -91,9 +92,11 @@ class _Facts:
     mean: float  # of the data's values; the weights mean something only under these two
     std: float
     ancestor: dict[str, Any] | None = None  # facts of the model it started from
+    computing: dict[str, Any] | None = None  # what a trial chose
 
 
 def _facts(about: dict[str, Any]) -> _Facts:
+    about = {"computing": None} | about  # version 0.1.0 tried nothing
     return _Facts(**{fact.name: about[fact.name] for fact in fields(_Facts)})
 
 
@@ -163,7 +166,7 @@ def _identity(
 # %% ../nbs/10_train.ipynb #2c35dd48
 from .edm import Denoiser
 from .model import load_model, noise_levels
-from .recipe import check_shape, hold_out, use_bf16
+from .recipe import Way, check_shape, hold_out, use_bf16
 
 # %% ../nbs/10_train.ipynb #6da3bccf
 def _from_model(
@@ -214,7 +217,7 @@ class _Run:
         if config.compile:
             self.state.net.compile()  # in place: names of weights stay
         self.denoiser = Denoiser(self.accelerator.prepare(self.state.net))
-        self.bf16 = use_bf16(config, self.device)
+        self.way = Way("bf16" if use_bf16(config, self.device) else "no")
 
     @property
     def images(self) -> int:
@@ -272,7 +275,7 @@ def _loss(run: _Run, batch: dict[str, Tensor]) -> Tensor:
     facts, rank = run.state.facts, run.place[0]
     torch.manual_seed(seed_of(5, run.config.seed, facts.step, rank))
     batch = {key: t.to(run.device, non_blocking=True) for key, t in batch.items()}
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+    with run.way.on(run.device):
         return training_loss(run.denoiser, batch, facts.mean, facts.std, run.config)
 
 
@@ -290,6 +293,51 @@ def _agree(
                          f"at step {run.state.facts.step} (after {run.images} blocks): "
                          f"lower lr ({run.config.lr:g}) and begin a new run")
     return mean_loss, mean_norm, [flag > 0 for flag in raised]
+
+# %% ../nbs/10_train.ipynb #6c20d3e2
+from accelerate.utils import broadcast_object_list
+
+from .recipe import WAYS, fastest
+
+# %% ../nbs/10_train.ipynb #6c20d3e3
+def _try_ways(run: _Run) -> Way:
+    """The fastest way to compute this run's steps, as the main process finds it."""
+    found, facts = [run.way], run.state.facts
+    ways = [way for way in WAYS if not run.config.compile or way.attention == "default"]
+    if run.main:
+        net = deepcopy(run.state.net)
+        if run.config.compile:
+            net.compile()  # the run's own network will use what is compiled here
+        denoiser, batch = Denoiser(net), _draw(run, facts.step)
+
+        def seconds(way: Way) -> float:
+            begin = time.perf_counter()
+            with way.on(run.device):
+                loss = training_loss(denoiser, batch, facts.mean, facts.std, run.config)
+            loss.backward()
+            net.zero_grad()
+            return time.perf_counter() - begin
+
+        found = [fastest(seconds, ways)]
+        precision = "float32" if found[0].precision == "no" else "bfloat16"
+        _tell(f"a trial of {len(ways)} ways to compute chose {precision} and the "
+              f"{found[0].attention} kernel of attention")
+    broadcast_object_list(found)
+    return found[0]
+
+
+def _choose_way(run: _Run) -> None:
+    """On a CPU, compute in the way that is the fastest, or that the checkpoint names.
+
+    Where settings name a precision, or an old checkpoint names no way, nothing changes.
+    """
+    facts, compiled = run.state.facts, run.config.compile
+    if run.config.mixed_precision != "auto" or run.device.type != "cpu":
+        return
+    if facts.step == 0 or (facts.computing and facts.computing["compile"] != compiled):
+        facts.computing = _try_ways(run)._asdict() | {"compile": compiled}
+    if facts.computing:
+        run.way = Way(facts.computing["precision"], facts.computing["attention"])
 
 # %% ../nbs/10_train.ipynb #cbf5f092
 from .model import MODEL_FORMAT, NOISE_LEVELS, save_model
@@ -320,6 +368,7 @@ def _card(run: _Run) -> dict[str, Any]:
                 "validation": facts.validation, "ancestor": facts.ancestor,
                 "torch": torch.__version__,
                 "device": torch.cuda.get_device_name() if device == "cuda" else device,
+                "computing": run.way._asdict(),
                 "settings": {k: v for k, v in _as_json(config).items() if k != "unet"}}
     name = "custom" if config.unet else config.preset
     levels = noise_levels(facts.ancestor or NOISE_LEVELS.get(name, {}))
@@ -589,7 +638,9 @@ def train(
     `on_snapshot(model_folder, images)` is called each `config.snapshot_images` and at
     the end. Works in one process, and in each of many that `accelerate launch` starts.
 
-    The same seed on the same machine gives the same weights, interrupted or not.
+    The same seed on the same machine gives the same weights, interrupted or not. With
+    `mixed_precision` "auto", though, a new run on a CPU tries what is fastest, and a
+    busy machine may choose otherwise; "no" and "bf16" leave no choice.
     PyTorch's global generator is reseeded at each step. At the first Ctrl-C or SIGTERM
     a checkpoint is written and SystemExit raised.
     Raises ValueError where store, run, init and config don't fit together, where a
@@ -612,6 +663,7 @@ def train(
             if this.main and this.images:
                 _tell(f"goes on from {this.checkpoint}, after {this.images:,} of "
                       f"{config.images:,} blocks")
+            _choose_way(this)
             _loop(this, on_snapshot)
         elif not (folder / "model").exists():
             _save(this)

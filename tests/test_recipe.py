@@ -12,10 +12,12 @@ from pianodiff.data import BlockDataset, prepare
 from pianodiff.edm import Denoiser
 from pianodiff.recipe import (
     EVAL_SIGMAS,
+    WAYS,
     PowerEMA,
     TrainConfig,
     adamw,
     draw_batch,
+    fastest,
     hold_out,
     learning_rate,
     standardise,
@@ -110,6 +112,37 @@ def test_blocks_in_bytes_are_standardised_as_numbers():
     torch.testing.assert_close(y, (codes / 255 - 0.4) * 2.5)
     assert torch.equal(prev, y) and same is has_prev
     assert torch.equal(standardise({"spec": codes / 255, "prev": codes, "has_prev": has_prev}, 0.4, 0.2)[0], y)
+
+
+NO, NO_MATH, BF16, BF16_MATH = WAYS
+
+
+@pytest.mark.parametrize("seconds, best, steps", [
+    ({NO: 1, NO_MATH: 1.1, BF16: 0.8, BF16_MATH: 0.5}, BF16_MATH, 12),
+    ({NO: 1, NO_MATH: 0.9, BF16: 2.1, BF16_MATH: 0.1}, NO_MATH, 7),    # where bf16 is emulated it's tried once
+    ({NO: 1, NO_MATH: 3, BF16: 0.9, BF16_MATH: 0.96}, BF16, 10),
+    ({NO: 1, NO_MATH: 0.97, BF16: 0.96, BF16_MATH: 2}, NO, 12),        # that is chance
+])
+def test_the_fastest_way_is_found(seconds, best, steps):
+    tried = []
+    assert fastest(lambda way: tried.append(way) or seconds[way]) == best
+    assert len(tried) == steps
+
+
+def test_the_fastest_step_counts_and_the_first_does_not():
+    times = {NO: iter([9, 3, 1]), BF16: iter([0.1, 0.8, 2])}
+    assert fastest(lambda way: next(times[way]), (NO, BF16)) == BF16
+
+
+def test_a_way_sets_the_precision_and_the_kernel():
+    x, linear = torch.ones(1, 1, 4, 4, requires_grad=True), nn.Linear(4, 4)
+    for way in WAYS:
+        with way.on(torch.device("cpu")):
+            assert linear(x).dtype == (torch.bfloat16 if way.precision == "bf16" else torch.float32)
+            attention = nn.functional.scaled_dot_product_attention(x, x, x)
+        flash = "FlashAttention" in type(attention.grad_fn).__name__
+        assert flash == (way.attention == "default")
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_precision_is_as_set():

@@ -22,7 +22,7 @@ import torch
 from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import BlockDataset, prepare
 from pianodiff.model import load_model, noise_levels
-from pianodiff.recipe import EVAL_SIGMAS, TrainConfig, learning_rate
+from pianodiff.recipe import EVAL_SIGMAS, WAYS, TrainConfig, Way, learning_rate
 from pianodiff.train import _Progress, load_checkpoint, save_checkpoint, train
 from pianodiff.unet import UNetConfig
 
@@ -30,7 +30,8 @@ SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)
 NETWORK = UNetConfig(n_bins=32, n_frames=32, patch=4, channels=(8, 16), blocks=(1, 1), attention=("", "ft"),
                      emb_channels=16, cond_channels=(8, 8))
 CONFIG = TrainConfig(unet=NETWORK, images=96, batch_size=4, lr=3e-3, warmup_images=8, eval_blocks=4, eval_images=32,
-                     log_images=16, checkpoint_images=16, snapshot_images=48, workers=1)
+                     log_images=16, checkpoint_images=16, snapshot_images=48, workers=1,
+                     mixed_precision="no")
 
 IDENTITY = {"preset", "batch_size", "lr", "betas", "weight_decay", "warmup_images", "decay_fraction", "ema_std",
             "P_mean", "P_std", "cond_dropout", "cond_noise", "grad_clip", "seed", "eval_blocks", "source",
@@ -259,9 +260,9 @@ def test_a_checkpoint_that_lacks_a_part_is_named(store, whole, tmp_path, missing
 
 
 def test_a_checkpoint_is_that_of_0_1_0(whole):
-    """Its names are a format: what 0.1.0 wrote is resumed, bit for bit."""
+    """Its names are a format: what 0.1.0 wrote, all but "computing", is resumed, bit for bit."""
     tensors, about = load_checkpoint(whole / "checkpoint.safetensors")
-    assert list(about) == ["step", "seconds", "validation", "mean", "std", "ancestor", "identity"]
+    assert list(about) == ["step", "seconds", "validation", "mean", "std", "ancestor", "computing", "identity"]
     assert about["identity"].keys() == IDENTITY | {f"unet.{field.name}" for field in fields(UNetConfig)}
     weights = {name.removeprefix("net.") for name in tensors if name.startswith("net.")}
     state = {f"{key}.{name}" for key in ("ema", "exp_avg", "exp_avg_sq", "step") for name in weights}
@@ -361,6 +362,76 @@ def test_what_does_not_fit_is_told_before_the_run_has_a_folder(store, tmp_path):
         train(store, tmp_path / "file/run", CONFIG)
 
 
+AUTO = replace(CONFIG, mixed_precision="auto")
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, way: Way) -> list[Way]:
+    """Let every trial choose `way`, after a step in each; the list gets the ways that were tried."""
+    tried: list[Way] = []
+
+    def fastest(seconds, ways):
+        tried.extend(way for way in ways if seconds(way) > 0)
+        return way
+
+    monkeypatch.setattr("pianodiff.train.fastest", fastest)
+    return tried
+
+
+def test_a_trial_changes_nothing_but_the_way(store, whole, tmp_path, monkeypatch, capfd):
+    tried = choose(monkeypatch, Way("no", "default"))
+    train(store, tmp_path, AUTO)
+    assert tried == list(WAYS)
+    assert "a trial of 4 ways to compute chose float32 and the default kernel of attention\n" in capfd.readouterr().err
+    mine, theirs = (load_checkpoint(run / "checkpoint.safetensors")[0] for run in (tmp_path, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_keeps_the_way_that_its_trial_chose(store, whole, tmp_path, monkeypatch):
+    def stop(model, images):
+        raise RuntimeError
+
+    choose(monkeypatch, Way("no", "math"))
+    train(store, tmp_path / "run", AUTO)
+    with pytest.raises(RuntimeError):
+        train(store, tmp_path / "again", AUTO, on_snapshot=stop)
+    tried = choose(monkeypatch, Way("bf16", "default"))
+    train(store, tmp_path / "again", AUTO)
+    assert tried == []
+    assert_same_end(tmp_path / "again", tmp_path / "run")
+    tensors, about = load_checkpoint(tmp_path / "run/checkpoint.safetensors")
+    assert about["computing"] == {"precision": "no", "attention": "math", "compile": False}
+    card = load_model(tmp_path / "run/model")[1]["training"]
+    assert card["computing"] == {"precision": "no", "attention": "math"}
+    theirs = load_checkpoint(whole / "checkpoint.safetensors")[0]
+    assert not all(torch.equal(tensors[name], theirs[name]) for name in theirs)  # the kernel was another
+
+
+def test_a_trial_is_repeated_where_the_network_is_no_longer_compiled(store, whole, tmp_path, monkeypatch):
+    tensors, about = load_checkpoint(whole / "checkpoint.safetensors")
+    computing = {"precision": "bf16", "attention": "default", "compile": True}
+    save_checkpoint(tmp_path / "checkpoint.safetensors", tensors, about | {"computing": computing})
+    tried = choose(monkeypatch, Way("no", "math"))
+    train(store, tmp_path, replace(AUTO, images=100))
+    assert tried == list(WAYS)
+    about = load_checkpoint(tmp_path / "checkpoint.safetensors")[1]
+    assert about["computing"] == {"precision": "no", "attention": "math", "compile": False}
+
+
+@pytest.mark.parametrize("native, precision", [(True, "bf16"), (False, "no")])
+def test_a_run_of_0_1_0_goes_on_by_the_processors_abilities(store, whole, tmp_path, monkeypatch, native, precision):
+    tried = choose(monkeypatch, Way("no", "math"))
+    monkeypatch.setattr("pianodiff.recipe.native_bf16", lambda device: native)
+    tensors, about = load_checkpoint(whole / "checkpoint.safetensors")
+    del about["computing"]
+    for run, config in (("auto", AUTO), ("set", replace(CONFIG, mixed_precision=precision))):
+        (tmp_path / run).mkdir()
+        save_checkpoint(tmp_path / run / "checkpoint.safetensors", tensors, about)
+        train(store, tmp_path / run, replace(config, images=112))
+    assert tried == []
+    mine, theirs = (load_checkpoint(tmp_path / run / "checkpoint.safetensors")[0] for run in ("auto", "set"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 def test_bf16_trains(store, tmp_path):
     train(store, tmp_path, replace(CONFIG, images=32, mixed_precision="bf16"))
     assert load_checkpoint(tmp_path / "checkpoint.safetensors")[0]["net.out.weight"].dtype == torch.float32
@@ -372,7 +443,7 @@ def test_two_processes_train_one_network(store, whole, tmp_path):
     script.write_text(f"""
 from pianodiff.train import TrainConfig, train
 from pianodiff.unet import UNetConfig
-train({str(store)!r}, {str(tmp_path / "run")!r}, {CONFIG!r})
+train({str(store)!r}, {str(tmp_path / "run")!r}, {AUTO!r})
 """)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
@@ -383,3 +454,4 @@ train({str(store)!r}, {str(tmp_path / "run")!r}, {CONFIG!r})
     assert [row["images"] for row in rows(tmp_path / "run")] == [row["images"] for row in rows(whole)]
     facts = load_model(tmp_path / "run/model")[1]["training"]
     assert facts["images"] == 96 and facts["validation"]["blocks"] == 4
+    assert Way(**facts["computing"]) in WAYS and done.stderr.count("a trial of 4 ways") == 1

@@ -48,6 +48,8 @@ def save_checkpoint(
     it then stays as it was.
     """
     path = Path(path)
+    # not a name of its own each time, as `whole_file` has: what a killed run left is
+    # replaced, and doesn't fill the disk
     temporary = path.with_name(path.name + ".tmp")
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     content = safetensors.torch.save(tensors, {"pianodiff": json.dumps(about)})

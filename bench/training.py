@@ -12,13 +12,13 @@ from pianodiff.audio import SPECTROGRAMS, save_audio
 from pianodiff.data import prepare
 from pianodiff.edm import Denoiser, edm_loss
 from pianodiff.model import PRESETS
-from pianodiff.recipe import native_bf16
+from pianodiff.recipe import WAYS, Way, fastest, native_bf16
 from pianodiff.synth import example_performance
 from pianodiff.unet import UNet, UNetConfig
 
 
 def steps(config: UNetConfig, device: str, batch_size: int, num_steps: int, compiled: bool) -> Callable[[], float]:
-    """Blocks a second through loss, gradient and AdamW's step, in bfloat16 where `train` computes in it."""
+    """Blocks a second through loss, gradient and AdamW's step, computed in the way that `train` would choose."""
     net = UNet(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
         net.compile()
@@ -26,12 +26,20 @@ def steps(config: UNetConfig, device: str, batch_size: int, num_steps: int, comp
     y = torch.randn(batch_size, 1, config.n_bins, config.n_frames, device=device)
     cond = (y.flip(0), torch.rand(batch_size, device=device) > 0.15)
 
+    def gradient(way: Way) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with way.on(y.device):
+            loss = edm_loss(denoiser, y, cond).mean()
+        loss.backward()
+
+    way = Way("bf16" if native_bf16(y.device) else "no")
+    if device == "cpu":
+        ways = [way for way in WAYS if not compiled or way.attention == "default"]
+        way = fastest(lambda way: seconds(partial(gradient, way)), ways)
+
     def work() -> None:
         for _ in range(num_steps):
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device, torch.bfloat16, enabled=native_bf16(torch.device(device))):
-                loss = edm_loss(denoiser, y, cond).mean()
-            loss.backward()
+            gradient(way)
             optimizer.step()
 
     return lambda: batch_size * num_steps / seconds(work, device)

@@ -347,15 +347,15 @@ def fastest(
 
     `seconds(way)` takes a step and tells how long it took. The first step of each way
     prepares kernels and memory, and only serves to exclude: where it takes more than
-    twice as long as the first way's, its precision is emulated and not tried further.
+    twice as long as the first way, its precision is emulated and not tried further.
+    What is compiled at the first step has to be compiled before.
     """
-    first: dict[Way, float] = {}
-    least: dict[Way, float] = {}
-    slow: set[str] = set()  # precisions
-    for way in ways:
+    seconds(ways[0])  # whatever comes first takes longer
+    usual = seconds(ways[0])
+    least, slow = {ways[0]: usual}, set[str]()  # the latter are precisions
+    for way in ways[1:]:
         if way.precision not in slow:
-            first[way] = seconds(way)
-            if first[way] > 2 * first[ways[0]]:
+            if seconds(way) > 2 * usual:
                 slow.add(way.precision)
             else:
                 least[way] = math.inf

@@ -308,8 +308,6 @@ def _try_ways(run: _Run) -> Way:
     ways = [way for way in WAYS if not run.config.compile or way.attention == "default"]
     if run.main:
         net = deepcopy(run.state.net)
-        if run.config.compile:
-            net.compile()  # the run's own network will use what is compiled here
         denoiser, batch = Denoiser(net), _draw(run, facts.step)
 
         def seconds(way: Way) -> float:
@@ -320,6 +318,10 @@ def _try_ways(run: _Run) -> Way:
             net.zero_grad()
             return time.perf_counter() - begin
 
+        if run.config.compile:
+            net.compile()  # the run's own network will use what is compiled here
+            for way in ways:
+                seconds(way)
         found = [fastest(seconds, ways)]
         precision = "float32" if found[0].precision == "no" else "bfloat16"
         _tell(f"a trial of {len(ways)} ways to compute chose {precision} and the "

@@ -296,53 +296,6 @@ def _agree(
                          f"lower lr ({run.config.lr:g}) and begin a new run")
     return mean_loss, mean_norm, [flag > 0 for flag in raised]
 
-# %% ../nbs/10_train.ipynb #6c20d3e2
-from accelerate.utils import broadcast_object_list
-
-from .recipe import WAYS, fastest
-
-# %% ../nbs/10_train.ipynb #6c20d3e3
-def _try_ways(run: _Run) -> Way:
-    """The fastest way to compute this run's steps, as the main process finds it."""
-    found, facts = [run.way], run.state.facts
-    ways = [way for way in WAYS if not run.config.compile or way.attention == "default"]
-    if run.main:
-        net = deepcopy(run.state.net)
-        denoiser, batch = Denoiser(net), _draw(run, facts.step)
-
-        def seconds(way: Way) -> float:
-            begin = time.perf_counter()
-            with way.on(run.device):
-                loss = training_loss(denoiser, batch, facts.mean, facts.std, run.config)
-            loss.backward()
-            net.zero_grad()
-            return time.perf_counter() - begin
-
-        if run.config.compile:
-            net.compile()  # the run's own network will use what is compiled here
-            for way in ways:
-                seconds(way)
-        found = [fastest(seconds, ways)]
-        precision = "float32" if found[0].precision == "no" else "bfloat16"
-        _tell(f"a trial of {len(ways)} ways to compute chose {precision} and the "
-              f"{found[0].attention} kernel of attention")
-    broadcast_object_list(found)
-    return found[0]
-
-
-def _choose_way(run: _Run) -> None:
-    """On a CPU, compute in the way that is the fastest, or that the checkpoint names.
-
-    Where settings name a precision, or an old checkpoint names no way, nothing changes.
-    """
-    facts, compiled = run.state.facts, run.config.compile
-    if run.config.mixed_precision != "auto" or run.device.type != "cpu":
-        return
-    if facts.step == 0 or (facts.computing and facts.computing["compile"] != compiled):
-        facts.computing = _try_ways(run)._asdict() | {"compile": compiled}
-    if facts.computing:
-        run.way = Way(facts.computing["precision"], facts.computing["attention"])
-
 # %% ../nbs/10_train.ipynb #cbf5f092
 from .model import MODEL_FORMAT, NOISE_LEVELS, save_model
 from .recipe import standardise, validation_losses
@@ -493,6 +446,53 @@ class _Progress:
         self.bar.close()
         if self.log:
             self.log.close()
+
+# %% ../nbs/10_train.ipynb #6c20d3e2
+from accelerate.utils import broadcast_object_list
+
+from .recipe import WAYS, fastest
+
+# %% ../nbs/10_train.ipynb #6c20d3e3
+def _try_ways(run: _Run) -> Way:
+    """The fastest way to compute this run's steps, as the main process finds it."""
+    found, facts = [run.way], run.state.facts
+    ways = [way for way in WAYS if not run.config.compile or way.attention == "default"]
+    if run.main:
+        net = deepcopy(run.state.net)
+        denoiser, batch = Denoiser(net), _draw(run, facts.step)
+
+        def seconds(way: Way) -> float:
+            begin = time.perf_counter()
+            with way.on(run.device):
+                loss = training_loss(denoiser, batch, facts.mean, facts.std, run.config)
+            loss.backward()
+            net.zero_grad()
+            return time.perf_counter() - begin
+
+        if run.config.compile:
+            net.compile()  # the run's own network will use what is compiled here
+            for way in ways:
+                seconds(way)
+        found = [fastest(seconds, ways)]
+        precision = "float32" if found[0].precision == "no" else "bfloat16"
+        _tell(f"a trial of {len(ways)} ways to compute chose {precision} and the "
+              f"{found[0].attention} kernel of attention")
+    broadcast_object_list(found)
+    return found[0]
+
+
+def _choose_way(run: _Run) -> None:
+    """On a CPU, compute in the way that is the fastest, or that the checkpoint names.
+
+    Where settings name a precision, or an old checkpoint names no way, nothing changes.
+    """
+    facts, compiled = run.state.facts, run.config.compile
+    if run.config.mixed_precision != "auto" or run.device.type != "cpu":
+        return
+    if facts.step == 0 or (facts.computing and facts.computing["compile"] != compiled):
+        facts.computing = _try_ways(run)._asdict() | {"compile": compiled}
+    if facts.computing:
+        run.way = Way(facts.computing["precision"], facts.computing["attention"])
 
 # %% ../nbs/10_train.ipynb #6cce1691
 class _Stop:

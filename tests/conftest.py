@@ -5,8 +5,12 @@ import signal
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
+
+from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, save_audio
+from pianodiff.synth import example_performance
 
 os.environ.setdefault("MPLBACKEND", "Agg")      # pictures are drawn, not shown
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test asks a network
@@ -18,6 +22,24 @@ for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SI
         signal.signal(number, usual)
 
 ROOT = Path(__file__).resolve().parent.parent
+SHAPES = [SPECTROGRAMS[name] for name in ("paper-128", "paper-256", "nano")]
+shapes = pytest.mark.parametrize("cfg", SHAPES, ids=["paper-128", "paper-256", "nano"])
+CFG = SpectrogramConfig()
+BLOCK = CFG.block_samples
+BLOCKS = 9    # of each of `pieces`
+
+
+def seed(n: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(n)
+
+
+def sine(frequency: float, samples: int, rate: int = 8000, amplitude: float = 0.5) -> np.ndarray:
+    return amplitude * np.sin(2 * np.pi * frequency / rate * np.arange(samples))
+
+
+def level(wave: torch.Tensor) -> float:
+    """Decibels relative to a full-scale sine."""
+    return float(10 * torch.log10(2 * wave.double().square().mean() + 1e-30))
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +81,12 @@ def struck_notes() -> torch.Tensor:
     return 0.9 * wave / wave.abs().max()
 
 
+@pytest.fixture(scope="session")
+def pieces() -> list[torch.Tensor]:
+    """Eight performances of `BLOCKS` blocks, float32."""
+    return [example_performance(BLOCKS * CFG.block_seconds, seed) for seed in range(8)]
+
+
 def resolve(name: str) -> object:
     """What a name of the package stands for: "audio.to_wave", "generate.Piano.stream"."""
     module, *attributes = name.split(".")
@@ -77,9 +105,6 @@ def prose(chapter: Path) -> str:
 @pytest.fixture(scope="session")
 def music(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two folders of sound: "real", ten takes of four blocks, and "made", four others of three."""
-    from pianodiff.audio import save_audio
-    from pianodiff.synth import example_performance
-
     home = tmp_path_factory.mktemp("music")
     for folder, seeds, seconds in (("real", range(10), 8.5), ("made", range(40, 44), 6.5)):
         (home / folder).mkdir()

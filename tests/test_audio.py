@@ -14,12 +14,11 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
-from conftest import resolve
+from conftest import SHAPES, level, resolve, seed, shapes, sine
 
 from pianodiff import audio, phases
 from pianodiff.audio import (
     AUDIO_FORMATS,
-    SPECTROGRAMS,
     Wave,
     _istft,
     _stft,
@@ -34,28 +33,6 @@ from pianodiff.audio import (
 )
 from pianodiff.phases import griffin_lim, to_wave
 from pianodiff.show import player
-
-SHAPES = [SPECTROGRAMS[name] for name in ("paper-128", "paper-256", "nano")]
-shapes = pytest.mark.parametrize("cfg", SHAPES, ids=["paper-128", "paper-256", "nano"])
-
-
-@pytest.fixture
-def music(struck_notes: torch.Tensor) -> torch.Tensor:
-    return struck_notes
-
-
-def seed(n: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(n)
-
-
-def sine(frequency: float, samples: int, rate: int = 8000, amplitude: float = 0.5) -> np.ndarray:
-    return amplitude * np.sin(2 * np.pi * frequency / rate * np.arange(samples))
-
-
-def level(wave: torch.Tensor) -> float:
-    """Decibels relative to a full-scale sine."""
-    return float(10 * torch.log10(2 * wave.double().square().mean() + 1e-30))
-
 
 # ---- reading
 
@@ -204,16 +181,16 @@ def test_missing_files_and_folders(tmp_path):
 # ---- writing
 
 @pytest.mark.parametrize("ending", AUDIO_FORMATS)
-def test_what_is_written_is_read(tmp_path, ending, music):
-    save_audio(tmp_path / f"x{ending}", 0.5 * music)  # float64 in
+def test_what_is_written_is_read(tmp_path, ending, struck_notes):
+    save_audio(tmp_path / f"x{ending}", 0.5 * struck_notes)  # float64 in
     back = load_audio(tmp_path / f"x{ending}").double()
     assert [file.name for file in tmp_path.iterdir()] == [f"x{ending}"]
-    assert len(back) == len(music)
+    assert len(back) == len(struck_notes)
     if ending in (".wav", ".flac", ".aiff", ".aif"):
         assert soundfile.info(tmp_path / f"x{ending}").subtype == "PCM_16"
-        torch.testing.assert_close(back, 0.5 * music, atol=2**-15, rtol=0)
+        torch.testing.assert_close(back, 0.5 * struck_notes, atol=2**-15, rtol=0)
     else:  # lossy: nine tenths of the energy at least
-        assert (back - 0.5 * music).square().sum() < 0.1 * (0.5 * music).square().sum()
+        assert (back - 0.5 * struck_notes).square().sum() < 0.1 * (0.5 * struck_notes).square().sum()
 
 
 def test_writing_clips_and_never_rescales(tmp_path):
@@ -228,9 +205,9 @@ def test_any_float_dtype_and_graph_can_be_written(tmp_path):
         torch.testing.assert_close(load_audio(tmp_path / "x.wav"), torch.full((100,), 0.5), atol=2**-15, rtol=0)
 
 
-def test_a_written_wav_has_the_same_bytes_each_time(tmp_path, music):
+def test_a_written_wav_has_the_same_bytes_each_time(tmp_path, struck_notes):
     for name in ("a.wav", "b.wav"):
-        save_audio(tmp_path / name, music)
+        save_audio(tmp_path / name, struck_notes)
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
@@ -340,8 +317,8 @@ def test_mp3_is_the_wave_at_its_own_level_in_its_own_place(samples):
     assert abs(int((abs(found) > 0.05).argmax()) - samples // 2) <= 4
 
 
-def test_mp3_is_half_of_flac_at_most(music):
-    assert 2 * len(to_mp3(music)) < len(to_flac(music))
+def test_mp3_is_half_of_flac_at_most(struck_notes):
+    assert 2 * len(to_mp3(struck_notes)) < len(to_flac(struck_notes))
 
 
 @pytest.mark.parametrize("rate", [10_000, 96_000])
@@ -364,10 +341,10 @@ def test_a_file_of_no_wave(bad, message, encode):
     one_line(error)
 
 
-def test_normalize_peak(music):
-    scaled, peak = normalize_peak(-0.3 * music)
+def test_normalize_peak(struck_notes):
+    scaled, peak = normalize_peak(-0.3 * struck_notes)
     assert scaled.abs().max() == 1 and abs(peak - 0.27) < 1e-12
-    torch.testing.assert_close(scaled * peak, -0.3 * music)
+    torch.testing.assert_close(scaled * peak, -0.3 * struck_notes)
     for bad, words in ((torch.zeros(100), "silent"), (torch.zeros(0), "silent"), (torch.full((9,), torch.nan), "NaN")):
         with pytest.raises(ValueError, match=words):
             normalize_peak(bad)
@@ -376,16 +353,16 @@ def test_normalize_peak(music):
 # ---- spectrograms
 
 @shapes
-def test_stft_and_decibels_are_librosas(cfg, music):
-    theirs = librosa.stft(music.numpy(), n_fft=cfg.n_fft, hop_length=cfg.hop_length)
-    ours = _stft(music[None], cfg)
+def test_stft_and_decibels_are_librosas(cfg, struck_notes):
+    theirs = librosa.stft(struck_notes.numpy(), n_fft=cfg.n_fft, hop_length=cfg.hop_length)
+    ours = _stft(struck_notes[None], cfg)
     torch.testing.assert_close(ours[0], torch.from_numpy(theirs), atol=1e-9, rtol=0)
-    torch.testing.assert_close(_istft(ours, cfg, len(music))[0], music, atol=1e-9, rtol=0)
+    torch.testing.assert_close(_istft(ours, cfg, len(struck_notes))[0], struck_notes, atol=1e-9, rtol=0)
     decibels = librosa.amplitude_to_db(np.abs(theirs), ref=cfg.reference, amin=1e-9, top_db=None)
-    spec = to_spectrogram(music, cfg)
+    spec = to_spectrogram(struck_notes, cfg)
     expected = torch.from_numpy(decibels[:-1, : spec.shape[-1]].clip(-80, 0))
     torch.testing.assert_close(80 * (spec - 1), expected, atol=1e-4, rtol=0)  # float64: decibels
-    single = to_spectrogram(music.float(), cfg)
+    single = to_spectrogram(struck_notes.float(), cfg)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), spec, atol=1e-4, rtol=0)  # float32: of the range [0, 1]
 
@@ -400,15 +377,15 @@ def test_one_block_is_one_picture(cfg):
 
 
 @shapes
-def test_blocks_tile(cfg, music):
+def test_blocks_tile(cfg, struck_notes):
     """A column depends on no sample further off than half a window, so a block is that of its own part with context."""
-    whole = to_spectrogram(music, cfg)
+    whole = to_spectrogram(struck_notes, cfg)
     blocks = whole.split(cfg.n_frames, dim=-1)
     assert len(blocks) == 2 and torch.equal(torch.cat(blocks, dim=-1), whole)
     context = cfg.n_fft  # samples on each side, a whole number of hops
-    second = to_spectrogram(music[16_384 - context :], cfg)[:, context // cfg.hop_length :]
+    second = to_spectrogram(struck_notes[16_384 - context :], cfg)[:, context // cfg.hop_length :]
     torch.testing.assert_close(second, blocks[1], atol=1e-9, rtol=0)
-    joined = to_spectrogram(torch.cat([music, music]), cfg)
+    joined = to_spectrogram(torch.cat([struck_notes, struck_notes]), cfg)
     edge = cfg.n_fft // (2 * cfg.hop_length)
     torch.testing.assert_close(joined[:, : 2 * cfg.n_frames - edge], whole[:, : 2 * cfg.n_frames - edge])
 
@@ -422,25 +399,25 @@ def test_the_reference_is_a_full_scale_sine(cfg):
 
 
 @shapes
-def test_nothing_is_normalised(cfg, music):
-    loud, quiet = to_spectrogram(music, cfg), to_spectrogram(0.1 * music, cfg)
+def test_nothing_is_normalised(cfg, struck_notes):
+    loud, quiet = to_spectrogram(struck_notes, cfg), to_spectrogram(0.1 * struck_notes, cfg)
     both = (quiet > 0) & (loud < 1)
     torch.testing.assert_close(quiet[both], loud[both] - 0.25)
     assert (to_spectrogram(torch.zeros(16_384), cfg) == 0).all()
 
 
 @shapes
-def test_magnitude_comes_back(cfg, music):
-    stft = _stft(music[None], cfg)[0].abs()
-    magnitude = to_magnitude(to_spectrogram(music, cfg), cfg)
+def test_magnitude_comes_back(cfg, struck_notes):
+    stft = _stft(struck_notes[None], cfg)[0].abs()
+    magnitude = to_magnitude(to_spectrogram(struck_notes, cfg), cfg)
     assert (magnitude[-1] == 0).all() and magnitude.shape[0] == cfg.n_bins + 1
     expected = stft[:-1, : magnitude.shape[1]].clamp(1e-4 * cfg.reference, cfg.reference)
     torch.testing.assert_close(magnitude[:-1], expected)
 
 
-def test_a_batch_is_its_items(music):
+def test_a_batch_is_its_items(struck_notes):
     cfg = SHAPES[2]
-    batch = torch.stack([music, 0.1 * music, music.flip(0), -music]).reshape(2, 2, -1)
+    batch = torch.stack([struck_notes, 0.1 * struck_notes, struck_notes.flip(0), -struck_notes]).reshape(2, 2, -1)
     spec = to_spectrogram(batch, cfg)
     assert spec.shape == (2, 2, 256, 256)
     for i in range(2):
@@ -453,7 +430,7 @@ def test_a_batch_is_its_items(music):
     torch.testing.assert_close(waves.flatten(0, 1), torch.stack(singles))
 
 
-def test_bad_spectrograms_and_waves(music):
+def test_bad_spectrograms_and_waves(struck_notes):
     cfg = SHAPES[2]
     with pytest.raises(ValueError, match="less than one hop"):
         to_spectrogram(torch.zeros(127), cfg)
@@ -494,9 +471,9 @@ def test_normalising_by_itself_makes_silence_the_loudest_block():
     assert to_spectrogram(torch.zeros(16_384), SHAPES[2]).max() == 0
 
 
-def test_zero_decibels_in_the_nyquist_row_is_a_whistle(music):
+def test_zero_decibels_in_the_nyquist_row_is_a_whistle(struck_notes):
     cfg = SHAPES[2]
-    magnitude = to_magnitude(to_spectrogram(music[:16_384], cfg), cfg)
+    magnitude = to_magnitude(to_spectrogram(struck_notes[:16_384], cfg), cfg)
     padded = magnitude.clone()
     padded[-1] = cfg.reference  # what padding the decibels with zeros means
     right, wrong = (griffin_lim(m, cfg, generator=seed()) for m in (magnitude, padded))
@@ -505,32 +482,32 @@ def test_zero_decibels_in_the_nyquist_row_is_a_whistle(music):
 
 
 @pytest.mark.parametrize("rate", [16_000, 8001])  # with MP3, and where FLAC has to do
-def test_a_wave_knows_its_rate_and_its_seed(music, tmp_path, rate):
-    wave = Wave(music.clone(), rate, seed=7)
-    assert (wave.sample_rate, wave.seed) == (rate, 7) and torch.equal(wave, music)
-    assert repr(wave) == f"Wave({len(music) / rate:.3f} s at {rate} Hz, seed 7)"
+def test_a_wave_knows_its_rate_and_its_seed(struck_notes, tmp_path, rate):
+    wave = Wave(struck_notes.clone(), rate, seed=7)
+    assert (wave.sample_rate, wave.seed) == (rate, 7) and torch.equal(wave, struck_notes)
+    assert repr(wave) == f"Wave({len(struck_notes) / rate:.3f} s at {rate} Hz, seed 7)"
     page = r'<audio controls aria-label="sound of seed 7" src="data:audio/(\w+);base64,(.+)"></audio>'
     kind, sound = re.fullmatch(page, wave._repr_html_()).groups()
     with soundfile.SoundFile(io.BytesIO(base64.b64decode(sound))) as file:
-        assert (kind, file.samplerate, file.frames) == ("mpeg" if rate == 16_000 else "flac", rate, len(music))
+        assert (kind, file.samplerate, file.frames) == ("mpeg" if rate == 16_000 else "flac", rate, len(struck_notes))
     save_audio(tmp_path / "own.wav", wave)
     save_audio(tmp_path / "other.wav", wave, 8000)
     assert [soundfile.info(tmp_path / f"{name}.wav").samplerate for name in ("own", "other")] == [rate, 8000]
-    assert f'seconds="{len(music) / rate:.6g}"' in player(wave).data
-    assert f'seconds="{len(music) / 8000:.6g}"' in player(wave, 8000).data
+    assert f'seconds="{len(struck_notes) / rate:.6g}"' in player(wave).data
+    assert f'seconds="{len(struck_notes) / 8000:.6g}"' in player(wave, 8000).data
 
 
-def test_what_comes_of_a_wave_is_a_plain_tensor(music, tmp_path):
-    wave = Wave(music.clone(), 8000, seed=7)
+def test_what_comes_of_a_wave_is_a_plain_tensor(struck_notes, tmp_path):
+    wave = Wave(struck_notes.clone(), 8000, seed=7)
     torch.save(wave, tmp_path / "wave.pt")
     loaded = torch.load(tmp_path / "wave.pt", weights_only=True)
     stored = safetensors.torch.load(safetensors.torch.save({"wave": wave}))["wave"]
     for result in (wave[:-1], 0.5 * wave, torch.cat([wave, wave]), wave.clone(), wave.abs().cumsum(0), wave.float() + 0,
                    copy.copy(wave), copy.deepcopy(wave), loaded, stored):
         assert type(result) is torch.Tensor
-    assert torch.equal(loaded, music) and np.array_equal(wave.numpy(), music.numpy())
+    assert torch.equal(loaded, struck_notes) and np.array_equal(wave.numpy(), struck_notes.numpy())
     with pytest.raises(ValueError, match=r"a wave \[T\] is needed, not one of shape \[1, "):
-        Wave(music[None])
+        Wave(struck_notes[None])
 # ---- what has moved
 
 def test_the_names_of_version_0_1_are_still_here():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from conftest import BLOCK, BLOCKS, CFG, seed
 from torch import Tensor
 
-from pianodiff.audio import SpectrogramConfig, to_spectrogram
+from pianodiff.audio import to_spectrogram
 from pianodiff.joins import (
     JOIN_MEASURES,
     excess,
@@ -19,20 +20,6 @@ from pianodiff.joins import (
 from pianodiff.music import drift, trend
 from pianodiff.phases import to_wave
 from pianodiff.pieces import Piece, Pieces, read_pieces, retrieved
-from pianodiff.synth import example_performance
-
-CFG = SpectrogramConfig()
-BLOCK = CFG.block_samples
-BLOCKS = 9
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def pieces() -> list[Tensor]:
-    return [example_performance(BLOCKS * CFG.block_seconds, seed) for seed in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +28,7 @@ def blocks(pieces) -> list[tuple[Tensor, ...]]:
 
 
 def sound(specs, n_iter: int = 12) -> Tensor:
-    return join(specs, CFG, n_iter=n_iter, generator=seeded())
+    return join(specs, CFG, n_iter=n_iter, generator=seed())
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +51,7 @@ def test_positions():
 def test_joined_blocks_are_one_spectrogram(blocks):
     wave = sound(blocks[0][:3])
     assert wave.shape == (3 * BLOCK,)
-    torch.testing.assert_close(wave, to_wave(torch.cat(blocks[0][:3], 1), CFG, n_iter=12, generator=seeded()))
+    torch.testing.assert_close(wave, to_wave(torch.cat(blocks[0][:3], 1), CFG, n_iter=12, generator=seed()))
 
 
 def test_real_neighbours_cannot_be_told_apart(neighbours):
@@ -76,7 +63,7 @@ def test_real_neighbours_cannot_be_told_apart(neighbours):
 
 def test_shuffled_neighbours_are_told_apart(blocks):
     every = [block for piece in blocks for block in piece]
-    mixed = [every[i] for i in torch.randperm(len(every), generator=seeded(1))]
+    mixed = [every[i] for i in torch.randperm(len(every), generator=seed(1))]
     found = told([sound(mixed[i : i + BLOCKS]) for i in range(0, len(mixed), BLOCKS)])
     assert found["flux"].auc > 0.85 and found["flux"].low > 0.7
     assert found["chroma"].auc < 0.3 and found["chroma"].high < 0.4
@@ -112,7 +99,7 @@ def test_a_planted_jump_of_phase_is_found(neighbours):
 def test_measures_of_a_steady_chord():
     t = torch.arange(2 * BLOCK) / 8000
     chord = 0.1 * sum(torch.sin(2 * torch.pi * f * t) for f in (262, 330, 392)) + 1e-4 * torch.randn(
-        len(t), generator=seeded())
+        len(t), generator=seed())
     later = t >= t[BLOCK]
     for gain, expected in ((1.0, 0.0), (2.0, 6.02), (0.5, 6.02)):
         found = join_measures(chord * torch.where(later, gain, 1.0), [BLOCK], CFG)
@@ -146,7 +133,7 @@ def test_residue_of_phase_retrieval(blocks, pieces):
     spec = torch.cat(blocks[0][:2], 1)
     exact = retrieval_residue(spec, pieces[0][: 2 * BLOCK], CFG)
     assert exact.shape == (256,) and exact[:253].max() < -80  # the last frames saw the next block
-    waves = (to_wave(spec, CFG, n_iter=n, init="random", generator=seeded()) for n in (2, 30))
+    waves = (to_wave(spec, CFG, n_iter=n, init="random", generator=seed()) for n in (2, 30))
     rough, fine = (retrieval_residue(spec, wave, CFG).median() for wave in waves)
     assert fine < rough - 5
     assert retrieval_residue(spec, torch.zeros(2 * BLOCK), CFG).median() == pytest.approx(0, abs=0.5)
@@ -182,12 +169,12 @@ def test_excess_counts_pairs():
 
 
 def test_interval_of_excess_holds_chance():
-    held = sum(e.low <= 0.5 <= e.high for e in (excess(*torch.randn(2, 40, generator=seeded(s))) for s in range(60)))
+    held = sum(e.low <= 0.5 <= e.high for e in (excess(*torch.randn(2, 40, generator=seed(s))) for s in range(60)))
     assert 50 <= held <= 60
 
 
 def test_interval_shrinks_with_the_sample():
-    few, many = (excess(*torch.randn(2, n, generator=seeded(n))) for n in (20, 500))
+    few, many = (excess(*torch.randn(2, n, generator=seed(n))) for n in (20, 500))
     assert many.high - many.low < 0.3 * (few.high - few.low)
 
 

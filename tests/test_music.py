@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import BLOCK, CFG, seed
 from scipy.stats import t as student
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, to_spectrogram
+from pianodiff.audio import SPECTROGRAMS, to_spectrogram
 from pianodiff.music import (
     STATISTICS,
     course,
@@ -26,14 +27,6 @@ from pianodiff.phases import to_wave
 from pianodiff.pieces import Pieces, read_pieces
 from pianodiff.synth import example_performance
 
-CFG = SpectrogramConfig()
-BLOCK = CFG.block_samples
-BLOCKS = 9
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
 
 def tone(pitch: float, seconds: float = 0.5, decay: float = 4.0) -> Tensor:
     """A struck string: stretched partials that fall as 1/n, damped within the last 60 ms."""
@@ -46,11 +39,6 @@ def tone(pitch: float, seconds: float = 0.5, decay: float = 4.0) -> Tensor:
 
 def melody(pitches, seconds: float = 0.5) -> Tensor:
     return torch.cat([tone(pitch, seconds) for pitch in pitches])
-
-
-@pytest.fixture(scope="module")
-def pieces() -> list[Tensor]:
-    return [example_performance(BLOCKS * CFG.block_seconds, seed) for seed in range(8)]
 
 
 # notes
@@ -96,7 +84,7 @@ def test_updates_never_raise_the_divergence():
 
 
 def test_salience_keeps_leading_dimensions():
-    specs = torch.rand(2, 3, CFG.n_bins, 7, generator=seeded())
+    specs = torch.rand(2, 3, CFG.n_bins, 7, generator=seed())
     salience = note_salience(specs, CFG)
     assert salience.shape == (2, 3, 88, 7) and salience.dtype == torch.float32 and not salience[..., 87, :].any()
     torch.testing.assert_close(salience[1, 2], note_salience(specs[1, 2], CFG))
@@ -114,12 +102,12 @@ def test_onsets_are_found_to_the_frame(preset):
     wave = torch.cat([torch.zeros(800), melody([60, 64, 67, 72, 71, 60], 0.3), torch.zeros(4000)])
     truth = 0.1 + 0.3 * torch.arange(6)
     for gain in (1.0, 0.1):  # soft notes count too
-        found = find_onsets(to_spectrogram(gain * wave + 1e-4 * torch.randn(len(wave), generator=seeded()), cfg), cfg)
+        found = find_onsets(to_spectrogram(gain * wave + 1e-4 * torch.randn(len(wave), generator=seed()), cfg), cfg)
         assert len(found) == 6 and (found - truth).abs().max() < 0.03
 
 
 def test_noise_and_silence_have_no_onsets_to_speak_of():
-    noise = 0.1 * torch.randn(80_000, generator=seeded())
+    noise = 0.1 * torch.randn(80_000, generator=seed())
     assert len(find_onsets(to_spectrogram(noise, CFG), CFG)) < 10
     assert not len(find_onsets(torch.zeros(CFG.n_bins, 100), CFG))
     assert not len(find_onsets(torch.full((CFG.n_bins, 100), 0.5), CFG))
@@ -162,13 +150,13 @@ def test_levels_of_a_sine_that_stops():
 
 
 def test_flatness_orders_tone_music_and_noise():
-    waves = torch.stack([melody([60] * 5), example_performance(2.5, 0), 0.1 * torch.randn(20_000, generator=seeded())])
+    waves = torch.stack([melody([60] * 5), example_performance(2.5, 0), 0.1 * torch.randn(20_000, generator=seed())])
     flatness = measure(waves, CFG)["flatness"]
     assert flatness[2] == pytest.approx(-2.5, abs=0.3) and flatness[:2].max() < -15  # -2.5 dB: Euler's gamma
 
 
 def test_statistics_do_not_depend_on_the_batch():
-    waves = 0.1 * torch.randn(18, BLOCK, generator=seeded())
+    waves = 0.1 * torch.randn(18, BLOCK, generator=seed())
     waves[::3] = example_performance(BLOCK / 8000, 3)
     together = measure(waves, CFG)
     alone = [measure(wave[None], CFG) for wave in waves[14:]]
@@ -187,8 +175,8 @@ def test_pitch_classes_and_key_follow_transposition(shift):
 
 
 def test_wasserstein_is_scipys():
-    for seed, (n, m) in enumerate(((50, 50), (7, 300), (1, 2))):
-        x, y = (torch.randn(k, generator=seeded(seed + k)).round(decimals=1).double() for k in (n, m))  # with ties
+    for start, (n, m) in enumerate(((50, 50), (7, 300), (1, 2))):
+        x, y = (torch.randn(k, generator=seed(start + k)).round(decimals=1).double() for k in (n, m))  # with ties
         assert statistic_distance(x, y) == pytest.approx(wasserstein_distance(x, y) / float(y.std()), abs=1e-12)
     y = torch.arange(10.0)
     assert statistic_distance(y + 3 * y.std(), y) == pytest.approx(3)
@@ -202,9 +190,9 @@ def test_white_noise_is_the_worst(pieces):
         return torch.cat([wave.reshape(-1, BLOCK) for wave in waves])
 
     reference, level = measure(cut(pieces[:4]), CFG), torch.stack(pieces).square().mean().sqrt()
-    trip = [to_wave(to_spectrogram(w, CFG), CFG, n_iter=8, generator=seeded()) for w in pieces[4:]]
+    trip = [to_wave(to_spectrogram(w, CFG), CFG, n_iter=8, generator=seed()) for w in pieces[4:]]
     rows = {"other": cut(pieces[4:]), "trip": cut(trip), "backwards": cut(pieces[4:]).flip(-1),
-            "noise": level * torch.randn(36, BLOCK, generator=seeded())}
+            "noise": level * torch.randn(36, BLOCK, generator=seed())}
     mean = {}
     for row, waves in rows.items():
         values = measure(waves, CFG)

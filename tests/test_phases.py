@@ -6,33 +6,12 @@ import librosa
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPES, level, seed, shapes, sine
 
 from pianodiff import phases
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, _istft, _stft, to_magnitude, to_spectrogram
 from pianodiff.phases import _floor, _gradient_phases, griffin_lim, stream_wave, to_wave
 from pianodiff.synth import example_performance
-
-SHAPES = [SPECTROGRAMS[name] for name in ("paper-128", "paper-256", "nano")]
-shapes = pytest.mark.parametrize("cfg", SHAPES, ids=["paper-128", "paper-256", "nano"])
-
-
-@pytest.fixture
-def music(struck_notes: torch.Tensor) -> torch.Tensor:
-    return struck_notes
-
-
-def seed(n: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(n)
-
-
-def sine(frequency: float, samples: int) -> np.ndarray:
-    return 0.5 * np.sin(2 * np.pi * frequency / 8000 * np.arange(samples))
-
-
-def level(wave: torch.Tensor) -> float:
-    """Decibels relative to a full-scale sine."""
-    return float(10 * torch.log10(2 * wave.double().square().mean() + 1e-30))
-
 
 # ---- Griffin and Lim
 
@@ -55,8 +34,8 @@ class OurPhases(np.random.RandomState):
 @shapes
 @pytest.mark.parametrize("momentum", [0.99, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_griffin_lim_is_librosas(cfg, momentum, dtype, music):
-    target = to_magnitude(to_spectrogram(music[:8192], cfg), cfg).to(dtype)
+def test_griffin_lim_is_librosas(cfg, momentum, dtype, struck_notes):
+    target = to_magnitude(to_spectrogram(struck_notes[:8192], cfg), cfg).to(dtype)
     ours = griffin_lim(target, cfg, momentum=momentum, init="random", generator=seed())
     theirs = torch.from_numpy(
         librosa.griffinlim(target.numpy(), hop_length=cfg.hop_length, momentum=momentum, random_state=OurPhases(dtype))
@@ -66,9 +45,9 @@ def test_griffin_lim_is_librosas(cfg, momentum, dtype, music):
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
 
 
-def test_phase_retrieval_gets_better_with_iterations_and_momentum(music):
+def test_phase_retrieval_gets_better_with_iterations_and_momentum(struck_notes):
     cfg = SHAPES[2]
-    target = to_magnitude(to_spectrogram(music[:16_384], cfg), cfg)
+    target = to_magnitude(to_spectrogram(struck_notes[:16_384], cfg), cfg)
     for init in ("random", "gradient"):
         def found(n, momentum=0.99, init=init):
             wave = griffin_lim(target, cfg, n_iter=n, momentum=momentum, init=init, generator=seed())
@@ -80,9 +59,9 @@ def test_phase_retrieval_gets_better_with_iterations_and_momentum(music):
 
 
 @shapes
-def test_loudness_survives_the_round_trip(cfg, music):
+def test_loudness_survives_the_round_trip(cfg, struck_notes):
     """In each half second, for loud and quiet passages alike, and up to the last hop."""
-    waves = torch.stack([music, 0.1 * music])
+    waves = torch.stack([struck_notes, 0.1 * struck_notes])
     back = to_wave(to_spectrogram(waves, cfg), cfg, generator=seed())
     for before, after in zip(waves, back, strict=True):
         for a, b in zip(before.split(4096), after.split(4096), strict=True):
@@ -98,8 +77,8 @@ def test_the_end_is_as_loud_as_the_middle():
         assert abs(level(wave[-256:]) - level(wave[8000:8256])) < 1
 
 
-def test_the_seed_fixes_the_wave(music):
-    cfg, spec = SHAPES[2], to_spectrogram(music[:16_384], SHAPES[2])
+def test_the_seed_fixes_the_wave(struck_notes):
+    cfg, spec = SHAPES[2], to_spectrogram(struck_notes[:16_384], SHAPES[2])
     first, again, other = (to_wave(spec, cfg, n_iter=3, generator=seed(s)) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.allclose(first, other)
 
@@ -107,9 +86,9 @@ def test_the_seed_fixes_the_wave(music):
 RULER = SpectrogramConfig(n_fft=1024, hop_length=256)  # nothing here is fitted to it
 
 
-def distance(wave: torch.Tensor, music: torch.Tensor) -> float:
-    """Spectral convergence to the music by the ruler."""
-    return convergence(wave, _stft(music[None, : len(wave)], RULER)[0].abs(), RULER)
+def distance(wave: torch.Tensor, struck_notes: torch.Tensor) -> float:
+    """Spectral convergence to the struck_notes by the ruler."""
+    return convergence(wave, _stft(struck_notes[None, : len(wave)], RULER)[0].abs(), RULER)
 
 
 def by_the_book(target: torch.Tensor, cfg: SpectrogramConfig, n_iter: int, phases: torch.Tensor,
@@ -128,9 +107,9 @@ def by_the_book(target: torch.Tensor, cfg: SpectrogramConfig, n_iter: int, phase
                          ids=["paper-128", "paper-256", "nano", "no whole number of hops"])
 @pytest.mark.parametrize("count", [0, 2048])
 @pytest.mark.parametrize("init", ["random", "gradient"])
-def test_the_loop_in_place_is_that_of_the_book(cfg, count, init, music):
-    target = _stft(music[None, :8192], cfg)[0].abs()
-    known, whole = music[:count], max(0, 1 + (count - cfg.n_fft // 2) // cfg.hop_length)
+def test_the_loop_in_place_is_that_of_the_book(cfg, count, init, struck_notes):
+    target = _stft(struck_notes[None, :8192], cfg)[0].abs()
+    known, whole = struck_notes[:count], max(0, 1 + (count - cfg.n_fft // 2) // cfg.hop_length)
     phases = 2 * torch.pi * torch.rand(target.shape, generator=seed(), dtype=torch.float64)
     if init == "gradient":
         begin = torch.nn.functional.pad(known, (0, 8192 - count))
@@ -191,10 +170,10 @@ def test_the_phases_turn_at_the_pitch():
 
 
 @pytest.mark.parametrize("name", ["paper-256", "nano"])
-def test_slopes_are_a_better_start_than_random_phases(name, music):
+def test_slopes_are_a_better_start_than_random_phases(name, struck_notes):
     cfg = SPECTROGRAMS[name]
-    target = to_magnitude(to_spectrogram(music, cfg), cfg)
-    at = {(init, n): distance(griffin_lim(target, cfg, n_iter=n, init=init, generator=seed()), music)
+    target = to_magnitude(to_spectrogram(struck_notes, cfg), cfg)
+    at = {(init, n): distance(griffin_lim(target, cfg, n_iter=n, init=init, generator=seed()), struck_notes)
           for init, n in (("gradient", 0), ("gradient", 5), ("random", 5), ("random", 64))}
     assert at["gradient", 0] < -14 and at["gradient", 5] < at["random", 5] - 8, at
     assert at["gradient", 5] < at["random", 64] + 1, at
@@ -203,12 +182,12 @@ def test_slopes_are_a_better_start_than_random_phases(name, music):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 @pytest.mark.parametrize("init", ["random", "gradient"])
-def test_types_devices_graphs_and_inputs(dtype, device, init, music):
-    spec = to_spectrogram(music[:16_384], SHAPES[2]).to(device, dtype).requires_grad_()
-    known, before = music[:1024].to(device, dtype), spec.detach().clone()
+def test_types_devices_graphs_and_inputs(dtype, device, init, struck_notes):
+    spec = to_spectrogram(struck_notes[:16_384], SHAPES[2]).to(device, dtype).requires_grad_()
+    known, before = struck_notes[:1024].to(device, dtype), spec.detach().clone()
     wave = to_wave(spec, SHAPES[2], n_iter=2, init=init, generator=seed(), known=known)
     assert wave.dtype == dtype and wave.device.type == device and not wave.requires_grad and wave.isfinite().all()
-    assert torch.equal(spec, before) and torch.equal(known, music[:1024].to(device, dtype))
+    assert torch.equal(spec, before) and torch.equal(known, struck_notes[:1024].to(device, dtype))
     assert torch.equal(wave, to_wave(spec, SHAPES[2], n_iter=2, init=init, generator=seed(), known=known))
     with torch.inference_mode():
         inside = to_wave(spec, SHAPES[2], n_iter=2, init=init, generator=seed(), known=known)
@@ -220,26 +199,27 @@ def test_silence_is_a_hiss_and_no_click():
     assert -65 < level(wave) < -50 and wave.abs().max() < 6 * wave.std()
 
 
-def test_bad_starts_and_known_samples(music):
+def test_bad_starts_and_known_samples(struck_notes):
     cfg, spec = SHAPES[2], torch.zeros(2, 256, 20)
     with pytest.raises(ValueError, match="'gradient' or 'random'"):
         to_wave(spec, cfg, init="zero")
-    for known in (music[:256], music[None, :256].expand(3, -1), music[None, : 22 * 128].expand(2, -1)):
+    notes = struck_notes[None]
+    for known in (notes[0, :256], notes[:, :256].expand(3, -1), notes[:, : 22 * 128].expand(2, -1)):
         with pytest.raises(ValueError, match=r"known samples must be \[2\] by at most 2688"):
             to_wave(spec, cfg, known=known)
     with pytest.raises(ValueError, match="200 known samples are no whole number of hops"):
-        next(stream_wave([spec[0]], cfg, known=music[:200]))
+        next(stream_wave([spec[0]], cfg, known=struck_notes[:200]))
     with pytest.raises(ValueError, match="256, frames"):
         next(stream_wave([spec[0, :128]], cfg))
     assert list(stream_wave([], cfg)) == []
 
 
-def test_known_samples_lead_on(music):
-    """What follows is the music itself, of which the spectrogram told no phase."""
+def test_known_samples_lead_on(struck_notes):
+    """What follows is the struck_notes itself, of which the spectrogram told no phase."""
     cfg = SHAPES[2]
-    wave = to_wave(to_spectrogram(music[:8192], cfg), cfg, n_iter=8, generator=seed(), known=music[:4096])
-    assert torch.cosine_similarity(wave[4096:4608], music[4096:4608], dim=0) > 0.9
-    assert wave.diff().abs()[4090:4102].max() < 1.5 * music.diff().abs()[4000:4200].max()  # and no click
+    wave = to_wave(to_spectrogram(struck_notes[:8192], cfg), cfg, n_iter=8, generator=seed(), known=struck_notes[:4096])
+    assert torch.cosine_similarity(wave[4096:4608], struck_notes[4096:4608], dim=0) > 0.9
+    assert wave.diff().abs()[4090:4102].max() < 1.5 * struck_notes.diff().abs()[4000:4200].max()  # and no click
 
 
 # ---- streams
@@ -301,8 +281,8 @@ def test_a_stream_goes_on_from_known_samples(performance):
     assert distance(new, performance[cut:]) < distance(offline, performance[cut:]) + 1
 
 
-def test_a_stream_of_a_batch_and_of_single_frames(music):
-    cfg, both = SHAPES[2], torch.stack([music, music.flip(0)])[:, : 60 * 128]
+def test_a_stream_of_a_batch_and_of_single_frames(struck_notes):
+    cfg, both = SHAPES[2], torch.stack([struck_notes, struck_notes.flip(0)])[:, : 60 * 128]
     spec = to_spectrogram(both, cfg)
     waves = torch.cat(list(stream_wave(spec.split(25, dim=-1), cfg, n_iter=4, generator=seed())), dim=-1)
     assert waves.shape == both.shape and waves.dtype == torch.float64

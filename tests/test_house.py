@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from chapters import ran
 from conftest import prose, resolve
 
 import pianodiff
@@ -149,16 +150,17 @@ def test_every_module_has_a_notebook():
 
 @pytest.mark.apart
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_chapter_runs(chapter: Path):
+def test_chapter_runs(chapter: Path, tmp_path: Path):
     """nbdev_test says "Success." only when it ran a notebook; on a path that matches none it exits 0 all the same."""
-    assert "Success." in run(BIN / "nbdev_test", "--path", chapter.relative_to(ROOT), "--n_workers", "0")
+    assert "Success." in ran(chapter, ROOT, tmp_path / "told")
 
 
-def test_a_failing_chapter_would_be_seen(copy: Path):
+def test_a_failing_chapter_would_be_seen(copy: Path, tmp_path: Path):
     cell = nbformat.v4.new_code_cell("assert 1 + 1 == 3")
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), copy / "nbs" / "99_broken.ipynb")
+    broken = copy / "nbs" / "99_broken.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), broken)
     with pytest.raises(AssertionError, match="exited 1"):
-        run(BIN / "nbdev_test", "--path", "nbs/99_broken.ipynb", "--n_workers", "0", cwd=copy)
+        ran(broken, copy, tmp_path / "told")
 
 
 def test_export_is_fresh(copy: Path):

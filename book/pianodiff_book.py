@@ -34,6 +34,8 @@ TAGS = {
     ("echo", "false"): "remove-input",
     ("output", "false"): "remove-output",
 }
+# Equations in a docstring, "Eqs. (25), (32)" of the paper or "Eq. (guidance) of chapter 12" of ours; and the chapter
+CITED = re.compile(r"(Eqs?\.\s+\([\w-]+\)(?:(?:,|,?\s+and|\s+to)\s+\([\w-]+\))*)(?:\s+of\s+chapter\s+(\d+))?")
 
 
 def split_directives(source: str) -> tuple[dict[str, str], str]:
@@ -52,31 +54,42 @@ def describe(section: str, code: str) -> str:
 
 
 def only_imports(code: str) -> bool:
-    """Whether a cell imports, perhaps chooses the book's style, and does nothing else."""
+    """Whether a cell imports, perhaps for types alone, perhaps chooses the book's style, and does nothing else."""
     try:
         body = ast.parse(code).body
     except SyntaxError:    # a line for the shell
         return False
+    for node in [node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]:
+        body.remove(node)
+        body += node.body + node.orelse
     return bool(body) and all(isinstance(node, ast.Import | ast.ImportFrom)
                               or ast.unparse(node).startswith("plt.style.use(") for node in body)
 
 
 def read_chapter(text: str) -> nbformat.NotebookNode:
-    """MyST-NB's reader of .ipynb: directives become tags, and a cell of directives alone is not shown."""
-    notebook, section = nbformat.reads(text, as_version=4), ""
+    """MyST-NB's reader of .ipynb: directives become tags, and a cell of directives alone is not shown.
+
+    Of imports in a row, those that nbdev exports and those that it doesn't, one folded cell is shown.
+    """
+    notebook, section, before = nbformat.reads(text, as_version=4), "", None
     notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}    # `!` and `%` are no errors
     for cell in notebook.cells:
         if cell.cell_type == "code":
             directives, cell.source = split_directives(cell.source)
             tags = [TAGS[item] for item in directives.items() if item in TAGS]
             imports = only_imports(cell.source)
+            if imports and before:
+                cell.source = f"{before.source}\n\n{cell.source}"
+                before.metadata["tags"] = ["remove-cell"]
             tags += ["remove-cell"] if not cell.source else ["hide-input"] if imports else []
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), *tags]
+            before = cell if imports else before if "remove-cell" in tags else None
             what = "imports" if imports else "the code"
             drawn = any("alt" in about for output in cell.outputs for about in output.get("metadata", {}).values())
             cell.metadata["mystnb"] = {"image": {"alt": describe(section, "" if drawn else cell.source)},
                                        "code_prompt_show": f"Show {what}", "code_prompt_hide": f"Hide {what}"}
         else:
+            before = None
             section = re.findall(r"^#+ (.+)$", f"# {section}\n{cell.source}", re.M)[-1]
     return notebook
 
@@ -213,9 +226,8 @@ def keep_defaults(app: Sphinx, function: Any, bound: bool) -> None:
 
 
 def link_equations(app: Sphinx, what: str, name: str, what_for: Any, how: Any, lines: list[str]) -> None:
-    """`Eq. (guidance)` in a docstring links to the equation `eq-guidance`, and shows its number in the book."""
-    cited = r"Eqs?\. \([\w-]+\)(?:(?:, | and |, and | to )\([\w-]+\))*"
-    text = re.sub(cited, lambda match: re.sub(r"\(([\w-]+)\)", r":eq:`eq-\1`", match[0]), "\n".join(lines))
+    """`Eq. (guidance) of chapter 12` in a docstring links to `eq-guidance`; in the book its number is enough."""
+    text = CITED.sub(lambda match: re.sub(r"\(([\w-]+)\)", r":eq:`eq-\1`", match[1]), "\n".join(lines))
     lines[:] = text.split("\n")
 
 

@@ -12,106 +12,132 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/07_edm.ipynb #9ddb8ae2
-def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
+                  rho: float = 7.0) -> Tensor:
     """Decreasing noise levels for `num_steps` sampling steps, Eq. (27).
 
-    Returns a float64 tensor `[num_steps + 1]` from `sigma_max` to `sigma_min`, then 0; one step gives `[sigma_max, 0]`.
-    Raises ValueError unless `num_steps` is a whole number from 1 to 10,000, 0 < sigma_min < sigma_max < inf and
-    1 <= rho < inf.
+    Returns a float64 tensor `[num_steps + 1]` from `sigma_max` to `sigma_min`, then 0;
+    one step gives `[sigma_max, 0]`. Raises ValueError unless `num_steps` is a whole
+    number from 1 to 10,000, 0 < sigma_min < sigma_max < inf and 1 <= rho < inf.
     """
     if not (1 <= num_steps <= 10_000 and num_steps % 1 == 0):
-        raise ValueError(f"num_steps must be a whole number of at least 1 and at most 10,000, not {num_steps}")
+        raise ValueError("num_steps must be a whole number of at least 1 and at most "
+                         f"10,000, not {num_steps}")
     if not 0 < sigma_min < sigma_max < math.inf:
-        raise ValueError(f"need 0 < sigma_min < sigma_max < inf, not sigma_min={sigma_min}, sigma_max={sigma_max}")
+        raise ValueError("need 0 < sigma_min < sigma_max < inf, not "
+                         f"sigma_min={sigma_min}, sigma_max={sigma_max}")
     if not 1 <= rho < math.inf:
         raise ValueError(f"rho must be finite and at least 1, not {rho}")
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
-    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    sigmas = (sigma_max ** (1 / rho)
+              + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 # %% ../nbs/07_edm.ipynb #eac780c8
-def preconditioning(sigma: Tensor | float, sigma_data: float = 0.5) -> tuple[Any, Any, Any, Any]:
-    """The factors `c_skip, c_out, c_in, c_noise` at `sigma` > 0, numbers or tensors as it is: Eqs. (28)-(31).
+def preconditioning(sigma: Tensor | float,
+                    sigma_data: float = 0.5) -> tuple[Any, Any, Any, Any]:
+    """The factors `c_skip, c_out, c_in, c_noise` at `sigma` > 0: Eqs. (28)-(31).
 
-    Tensors are of sigma's shape. Raises ValueError for a number that isn't positive; tensors are not checked.
+    They are numbers or tensors of sigma's shape, as it is. Raises ValueError for a
+    number that isn't positive; tensors are not checked.
     """
-    total = (sigma**2 + sigma_data**2) ** 0.5  # standard deviation of data and noise together
+    # standard deviation of data and noise together
+    total = (sigma**2 + sigma_data**2) ** 0.5
     log = sigma.log() if isinstance(sigma, Tensor) else math.log(sigma)
     return (sigma_data / total) ** 2, sigma * sigma_data / total, 1 / total, log / 4
 
 # %% ../nbs/07_edm.ipynb #fcf53c3d
 class Denoiser(nn.Module):
-    """The denoiser D(x; sigma) of Eq. (24) around a network `net(x, c_noise [B], cond)` of x's shape.
+    """The denoiser D(x; sigma) of Eq. (24) around a network.
 
-    The network runs in the dtype of its own parameters, everything around it in x's dtype (float32 at least).
-    Floating-point tensors in `cond`, alone or in a tuple, are cast for the network; anything else passes unchanged.
-    `sigma_min`, `sigma_max` and `round_sigma` are what Karras et al.'s `edm_sampler` asks of a network; it starts no
-    higher than at `sigma_max`.
+    `net(x, c_noise [B], cond)` returns x's shape. The network runs in the dtype of its
+    own parameters, everything around it in x's dtype (float32 at least). Floating-point
+    tensors in `cond`, alone or in a tuple, are cast for the network; anything else
+    passes unchanged. `sigma_min`, `sigma_max` and `round_sigma` are what Karras et
+    al.'s `edm_sampler` asks of a network; it starts no higher than at `sigma_max`.
     """
 
     sigma_min = 0.002
 
-    def __init__(self, net: Callable[..., Tensor], sigma_data: float = 0.5, *, sigma_max: float = 80.0):
+    def __init__(self, net: Callable[..., Tensor], sigma_data: float = 0.5, *,
+                 sigma_max: float = 80.0):
         super().__init__()
         self.net, self.sigma_data, self.sigma_max = net, sigma_data, sigma_max
 
     def forward(self, x: Tensor, sigma: Tensor | float, cond: Any = None) -> Tensor:
-        """`x [B, ...]`, any float dtype, and `sigma` > 0, 0-d or `[B]` -> the denoised x, of x's shape and dtype.
+        """The denoised x, of the shape and dtype of `x [B, ...]`, any float dtype.
 
-        Raises ValueError where sigma is of another size, or the network returns another shape than it was given.
+        `sigma` > 0 is 0-d or `[B]`. Raises ValueError where sigma is of another size,
+        or the network returns another shape than it was given.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         net_dtype = next((p.dtype for p in self.parameters()), dtype)
         sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device)
         if sigma.numel() not in (1, len(x)):
-            raise ValueError(f"sigma must hold 1 value or one for each of the {len(x)} items, not {sigma.numel()}")
-        level = float(sigma) if sigma.numel() == 1 else sigma.reshape(-1, *[1] * (x.ndim - 1))  # one: plain numbers
+            raise ValueError(f"sigma must hold 1 value or one for each of the {len(x)} "
+                             f"items, not {sigma.numel()}")
+        level = (float(sigma) if sigma.numel() == 1    # plain numbers
+                 else sigma.reshape(-1, *[1] * (x.ndim - 1)))
         c_skip, c_out, c_in, c_noise = preconditioning(level, self.sigma_data)
-        c_noise = torch.as_tensor(c_noise, dtype=net_dtype, device=x.device).flatten().expand(len(x))
-        F_x = self.net((c_in * x.to(dtype)).to(net_dtype), c_noise, _cast(cond, net_dtype))
+        c_noise = torch.as_tensor(c_noise, dtype=net_dtype,
+                                  device=x.device).flatten().expand(len(x))
+        F_x = self.net((c_in * x.to(dtype)).to(net_dtype), c_noise,
+                       _cast(cond, net_dtype))
         if F_x.shape != x.shape:
-            raise ValueError(f"the network returned shape {tuple(F_x.shape)} for an input of {tuple(x.shape)}")
+            raise ValueError(f"the network returned shape {tuple(F_x.shape)} for an "
+                             f"input of {tuple(x.shape)}")
         return (c_skip * x.to(dtype) + c_out * F_x.to(dtype)).to(x.dtype)
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
         """The nearest noise level the network knows: `sigma` itself."""
-        return sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+        return (sigma if isinstance(sigma, Tensor)
+                else torch.tensor(sigma, dtype=torch.float64))
 
 
 def _cast(cond: Any, dtype: torch.dtype) -> Any:
     if isinstance(cond, tuple | list):
         parts = (_cast(c, dtype) for c in cond)
-        return type(cond)(*parts) if hasattr(cond, "_fields") else tuple(parts)  # a named tuple stays one
-    return cond.to(dtype) if isinstance(cond, Tensor) and cond.is_floating_point() else cond
+        # a named tuple stays one
+        return type(cond)(*parts) if hasattr(cond, "_fields") else tuple(parts)
+    return (cond.to(dtype) if isinstance(cond, Tensor) and cond.is_floating_point()
+            else cond)
 
 # %% ../nbs/07_edm.ipynb #ff61065a
 def loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """The weight lambda(sigma) = 1 / c_out(sigma)^2 of the squared denoising error, Eq. (33).
+    """The weight 1 / c_out(sigma)^2 of the squared denoising error, Eq. (33).
 
-    `sigma` > 0 of any shape, on the scale of `sigma_data` -> weights of its shape. Nothing is checked.
+    `sigma` > 0 of any shape, on the scale of `sigma_data` -> weights of its shape.
+    Nothing is checked.
     """
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 # %% ../nbs/07_edm.ipynb #ba58e3a1
-def denoising_loss(denoiser: Denoiser, y: Tensor, sigma: Tensor, noise: Tensor, cond: Any = None) -> Tensor:
-    """Weighted loss at given noise levels: what Eq. (25) takes the mean of, averaged over pixels, weighted by Eq. (33).
+def denoising_loss(denoiser: Denoiser, y: Tensor, sigma: Tensor, noise: Tensor,
+                   cond: Any = None) -> Tensor:
+    """What Eq. (25) takes the mean of, averaged over pixels, weighted by Eq. (33).
 
-    `y [B, ...]` clean data, `sigma [B]` > 0, `noise` of y's shape and unit variance -> losses `[B]`. Raises ValueError
-    where noise has another shape, and as `Denoiser` does.
+    `y [B, ...]` clean data, `sigma [B]` > 0, `noise` of y's shape and unit variance ->
+    losses `[B]`. Raises ValueError where noise has another shape, and as `Denoiser`
+    does.
     """
     if noise.shape != y.shape:
-        raise ValueError(f"noise has shape {list(noise.shape)} for y of {list(y.shape)}")
-    error = denoiser(y + sigma.reshape(-1, *[1] * (y.ndim - 1)) * noise, sigma, cond) - y
+        raise ValueError(f"noise has shape {list(noise.shape)} "
+                         f"for y of {list(y.shape)}")
+    x = y + sigma.reshape(-1, *[1] * (y.ndim - 1)) * noise
+    error = denoiser(x, sigma, cond) - y
     return loss_weight(sigma, denoiser.sigma_data) * error.square().flatten(1).mean(1)
 
 # %% ../nbs/07_edm.ipynb #ac88e927
-def edm_loss(denoiser: Denoiser, y: Tensor, cond: Any = None, *, P_mean: float = -1.2, P_std: float = 1.2,
-             generator: torch.Generator | None = None) -> Tensor:
-    """Training loss `[B]` of clean data `y [B, ...]`: Eq. (25) at log-normal noise levels, Eqs. (32), (33), (36).
+def edm_loss(denoiser: Denoiser, y: Tensor, cond: Any = None, *, P_mean: float = -1.2,
+             P_std: float = 1.2, generator: torch.Generator | None = None) -> Tensor:
+    """Training loss `[B]` of clean data `y [B, ...]`: Eqs. (25), (33) and (36).
 
-    `generator` may live on another device than `y`: noise is drawn on the generator's.
+    The noise levels are log-normal, Eq. (32). `generator` may live on another device
+    than `y`: noise is drawn on the generator's.
     """
     device = generator.device if generator else y.device
-    log_sigma = P_mean + P_std * torch.randn(len(y), generator=generator, dtype=y.dtype, device=device)
+    log_sigma = P_mean + P_std * torch.randn(len(y), generator=generator, dtype=y.dtype,
+                                             device=device)
     noise = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=device)
-    return denoising_loss(denoiser, y, log_sigma.exp().to(y.device), noise.to(y.device), cond)
+    return denoising_loss(denoiser, y, log_sigma.exp().to(y.device), noise.to(y.device),
+                          cond)

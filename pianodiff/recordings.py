@@ -74,7 +74,8 @@ def _split_by_name(files: list[str]) -> list[Recording]:
     return [Recording(path, splits[path], Path(path).stem) for path in sorted(paths)]
 
 # %% ../nbs/04_recordings.ipynb #f24e9274
-_Table = tuple[list[str], list[dict[str, Any]]]  # the names of the columns, and the rows
+# The names of the columns, and the rows
+_Table = tuple[list[str], list[dict[str, Any]]]
 
 
 def _csv_table(text: str) -> _Table:

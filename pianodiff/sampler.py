@@ -16,48 +16,66 @@ from torch import Tensor
 from .edm import karras_sigmas
 
 # %% ../nbs/11_sampler.ipynb #e5af4ee5
-Denoise = Callable[[Tensor, Tensor, Any], Tensor]  # (x [B, ...], sigma 0-d, cond) -> denoised, of x's shape
-Callback = Callable[[dict[str, Any]], Any]  # called once a step, with the keys that `heun_sample` lists
+# (x [B, ...], sigma 0-d, cond) -> denoised, of x's shape
+Denoise = Callable[[Tensor, Tensor, Any], Tensor]
+# called once a step, with the keys that `heun_sample` lists
+Callback = Callable[[dict[str, Any]], Any]
 
 
 def _schedule(latents: Tensor, sigmas: Tensor | Sequence[float] | None, num_steps: int,
-              sigma_min: float, sigma_max: float, rho: float, dtype: torch.dtype) -> Tensor:
-    """Check the latents; return the noise levels, Eq. (27) where `sigmas` gives none, in `dtype`."""
-    if not (latents.ndim and latents.numel() and latents.is_floating_point() and latents.isfinite().all()):
-        raise ValueError(f"latents must be finite floats [B, ...], B > 0; these are {latents.dtype} "
-                         f"{list(latents.shape)}")
-    given = karras_sigmas(num_steps, sigma_min, sigma_max, rho) if sigmas is None else sigmas
-    levels = torch.as_tensor(given, dtype=dtype, device=latents.device)
+              sigma_min: float, sigma_max: float, rho: float,
+              dtype: torch.dtype) -> Tensor:
+    """Check the latents; return the noise levels: `sigmas`, or Eq. (27) without."""
+    if not (latents.ndim and latents.numel() and latents.is_floating_point()
+            and latents.isfinite().all()):
+        raise ValueError("latents must be finite floats [B, ...], B > 0; these are "
+                         f"{latents.dtype} {list(latents.shape)}")
+    if sigmas is None:
+        sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
+    levels = torch.as_tensor(sigmas, dtype=dtype, device=latents.device)
     if levels.ndim != 1 or len(levels) < 2:
-        raise ValueError(f"sigmas must be a list of at least two noise levels, not of shape {list(levels.shape)}")
+        raise ValueError("sigmas must be a list of at least two noise levels, not of "
+                         f"shape {list(levels.shape)}")
     if not (levels.isfinite().all() and (levels.diff() < 0).all() and levels[-1] >= 0):
-        raise ValueError(f"sigmas must be finite, fall at every step and end at 0 or above, not {levels.tolist()}")
+        raise ValueError("sigmas must be finite, fall at every step and end at 0 or "
+                         f"above, not {levels.tolist()}")
     return levels
 
 
-def _evaluate(denoise: Denoise, x: Tensor, sigma: Tensor, cond: Any, step: int) -> Tensor:
+def _evaluate(denoise: Denoise, x: Tensor, sigma: Tensor, cond: Any,
+              step: int) -> Tensor:
     """One call of the denoiser; its answer checked, in x's dtype."""
     denoised = denoise(x, sigma, cond)
     if denoised.shape != x.shape:
-        raise ValueError(f"step {step}: the denoiser returned shape {list(denoised.shape)} for x of {list(x.shape)}")
+        raise ValueError(f"step {step}: the denoiser returned shape "
+                         f"{list(denoised.shape)} for x of {list(x.shape)}")
     if denoised.is_complex():
-        raise ValueError(f"step {step}: the denoiser returned {denoised.dtype}; real numbers are needed")
-    if not all(map(math.isfinite, denoised.aminmax())):  # ten times as fast as isfinite().all()
-        raise ValueError(f"step {step}: the denoiser returned NaN or infinity at sigma = {float(sigma):.4g}")
+        raise ValueError(f"step {step}: the denoiser returned {denoised.dtype}; "
+                         "real numbers are needed")
+    # ten times as fast as isfinite().all()
+    if not all(map(math.isfinite, denoised.aminmax())):
+        raise ValueError(f"step {step}: the denoiser returned NaN or infinity at "
+                         f"sigma = {float(sigma):.4g}")
     return denoised.to(x.dtype)
 
 # %% ../nbs/11_sampler.ipynb #19be03c0
 def _churn(S_churn: float, S_min: float, S_max: float, S_noise: float, num_steps: int,
-           randn_like: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Check the settings; return the step (x_cur, t_cur) -> (x_hat, t_hat) that adds noise: Algorithm 2, lines 4-6."""
+           randn_like: Callable[[Tensor], Tensor]
+           ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Check the settings; return the step that adds noise: Algorithm 2, lines 4-6.
+
+    It takes (x_cur, t_cur) to (x_hat, t_hat).
+    """
     if not (0 <= S_churn < math.inf and 0 <= S_noise < math.inf and S_min <= S_max):
-        raise ValueError("S_churn and S_noise must be finite and not negative, and S_min <= S_max; "
-                         f"not S_churn={S_churn}, S_noise={S_noise}, S_min={S_min}, S_max={S_max}")
+        raise ValueError("S_churn and S_noise must be finite and not negative, and "
+                         f"S_min <= S_max; not S_churn={S_churn}, S_noise={S_noise}, "
+                         f"S_min={S_min}, S_max={S_max}")
 
     def churn(x_cur: Tensor, t_cur: Tensor) -> tuple[Tensor, Tensor]:
         if S_churn == 0:
             return x_cur, t_cur
-        gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= t_cur <= S_max else 0.0
+        most = min(S_churn / num_steps, math.sqrt(2) - 1)
+        gamma = most if S_min <= t_cur <= S_max else 0.0
         t_hat = t_cur + gamma * t_cur
         return x_cur + (t_hat**2 - t_cur**2).sqrt() * S_noise * randn_like(x_cur), t_hat
 
@@ -65,23 +83,28 @@ def _churn(S_churn: float, S_min: float, S_max: float, S_noise: float, num_steps
 
 # %% ../nbs/11_sampler.ipynb #56985c38
 @torch.no_grad()
-def heun_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *, sigmas: Tensor | Sequence[float] | None = None,
-                num_steps: int = 40, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
-                S_churn: float = 0.0, S_min: float = 0.0, S_max: float = float("inf"), S_noise: float = 1.0,
-                randn_like: Callable[[Tensor], Tensor] = torch.randn_like, dtype: torch.dtype = torch.float64,
+def heun_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,
+                sigmas: Tensor | Sequence[float] | None = None,
+                num_steps: int = 40, sigma_min: float = 0.002, sigma_max: float = 80.0,
+                rho: float = 7.0, S_churn: float = 0.0, S_min: float = 0.0,
+                S_max: float = float("inf"), S_noise: float = 1.0,
+                randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+                dtype: torch.dtype = torch.float64,
                 callback: Callback | None = None) -> Tensor:
-    """Heun's second-order sampler, Eq. (heun), with optional churn: Karras et al. 2022, Algorithm 2.
+    """Heun's sampler with optional churn: Karras et al. 2022, Algorithm 2.
 
-    `denoise(x, sigma, cond)` gets `x [B, ...]` and a 0-d `sigma`, both in `dtype`; `latents [B, ...]` are unit Gaussian
-    noise. `sigmas`, falling and normally ending at 0, takes the place of Eq. (27) with `num_steps`, `sigma_min`,
-    `sigma_max` and `rho`. The step into sigma = 0 has no corrector, so N steps are 2N - 1 evaluations of the denoiser.
-    `S_churn` / N, at most sqrt(2) - 1, is the gamma by which fresh noise raises each level between `S_min` and `S_max`;
-    `S_noise` multiplies that noise. Random numbers are drawn only if `S_churn` > 0, then at every step.
-    Before each step `callback` gets a dict with `i`, `sigma`, `sigma_hat`, `x` (at `sigma_hat`) and `denoised` (from
-    that x).
-    Returns samples of latents' shape and dtype. Raises ValueError on a bad schedule, bad churn settings or latents that
-    are none or not finite, and, naming the step, where the denoiser returns another shape or a value that is complex or
-    not finite.
+    It is of second order, Eq. (heun) of chapter 11. `denoise(x, sigma, cond)` gets
+    `x [B, ...]` and a 0-d `sigma`, both in `dtype`; `latents [B, ...]` are unit
+    Gaussian noise. `sigmas`, falling and normally ending at 0, takes the place of
+    Eq. (27) with `num_steps`, `sigma_min`, `sigma_max` and `rho`. The step into sigma =
+    0 has no corrector, so N steps are 2N - 1 evaluations of the denoiser. `S_churn` /
+    N, at most sqrt(2) - 1, is the gamma by which fresh noise raises each level between
+    `S_min` and `S_max`; `S_noise` multiplies that noise. Random numbers are drawn only
+    if `S_churn` > 0, then at every step. Before each step `callback` gets a dict with
+    `i`, `sigma`, `sigma_hat`, `x` (at `sigma_hat`) and `denoised` (from that x).
+    Returns samples of latents' shape and dtype. Raises ValueError on a bad schedule,
+    bad churn settings or latents that are none or not finite, and, naming the step,
+    where the denoiser returns another shape or a value that is complex or not finite.
     """
     sigmas = _schedule(latents, sigmas, num_steps, sigma_min, sigma_max, rho, dtype)
     churn = _churn(S_churn, S_min, S_max, S_noise, len(sigmas) - 1, randn_like)
@@ -90,7 +113,8 @@ def heun_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *, sigmas: 
         x_hat, t_hat = churn(x_next, t_cur)
         denoised = _evaluate(denoise, x_hat, t_hat, cond, i)
         if callback:
-            callback({"i": i, "sigma": t_cur, "sigma_hat": t_hat, "x": x_hat, "denoised": denoised})
+            callback({"i": i, "sigma": t_cur, "sigma_hat": t_hat, "x": x_hat,
+                      "denoised": denoised})
         d_cur = (x_hat - denoised) / t_hat  # dx/dt at t_hat, Eq. (20) with Eq. (23)
         x_next = x_hat + (t_next - t_hat) * d_cur  # Euler's step
         if t_next > 0:  # its correction: the mean of the slopes at both ends
@@ -100,12 +124,15 @@ def heun_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *, sigmas: 
 
 # %% ../nbs/11_sampler.ipynb #2893e07d
 @torch.no_grad()
-def euler_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *, sigmas: Tensor | Sequence[float] | None = None,
-                 num_steps: int = 40, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
-                 S_churn: float = 0.0, S_min: float = 0.0, S_max: float = float("inf"), S_noise: float = 1.0,
-                 randn_like: Callable[[Tensor], Tensor] = torch.randn_like, dtype: torch.dtype = torch.float64,
+def euler_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,
+                 sigmas: Tensor | Sequence[float] | None = None,
+                 num_steps: int = 40, sigma_min: float = 0.002, sigma_max: float = 80.0,
+                 rho: float = 7.0, S_churn: float = 0.0, S_min: float = 0.0,
+                 S_max: float = float("inf"), S_noise: float = 1.0,
+                 randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+                 dtype: torch.dtype = torch.float64,
                  callback: Callback | None = None) -> Tensor:
-    """Euler's first-order sampler, Eq. (first-order): one evaluation a step.
+    """Euler's sampler, Eq. (first-order) of chapter 11: one evaluation a step.
 
     It is `heun_sample` without the corrector; all else is the same.
     """
@@ -116,20 +143,24 @@ def euler_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *, sigmas:
         x_hat, t_hat = churn(x_next, t_cur)
         denoised = _evaluate(denoise, x_hat, t_hat, cond, i)
         if callback:
-            callback({"i": i, "sigma": t_cur, "sigma_hat": t_hat, "x": x_hat, "denoised": denoised})
+            callback({"i": i, "sigma": t_cur, "sigma_hat": t_hat, "x": x_hat,
+                      "denoised": denoised})
         x_next = torch.lerp(denoised, x_hat, t_next / t_hat)  # Euler's step, as a mean
     return x_next.to(latents.dtype)
 
 # %% ../nbs/11_sampler.ipynb #739861b5
 @torch.no_grad()
 def dpmpp_2m_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,
-                    sigmas: Tensor | Sequence[float] | None = None, num_steps: int = 40, sigma_min: float = 0.002,
-                    sigma_max: float = 80.0, rho: float = 7.0, dtype: torch.dtype = torch.float64,
+                    sigmas: Tensor | Sequence[float] | None = None, num_steps: int = 40,
+                    sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
+                    dtype: torch.dtype = torch.float64,
                     callback: Callback | None = None) -> Tensor:
-    """DPM-Solver++(2M), deterministic and of second order with one evaluation a step: Lu et al. 2022, Algorithm 2.
+    """DPM-Solver++(2M), deterministic: Lu et al. 2022, Algorithm 2.
 
-    An exponential integrator in lambda = -ln(sigma): Eqs. (first-order) and (2m). Arguments, what is returned and what
-    is raised are as in `heun_sample`; nothing is random, and `sigma_hat` is `sigma`.
+    It is of second order with one evaluation a step: an exponential integrator in
+    lambda = -ln(sigma): Eqs. (first-order) and (2m) of chapter 11. Arguments, what is
+    returned and what is raised are as in `heun_sample`; nothing is random, and
+    `sigma_hat` is `sigma`.
     """
     sigmas = _schedule(latents, sigmas, num_steps, sigma_min, sigma_max, rho, dtype)
     h = (-sigmas.log()).diff()  # steps in lambda, infinite into sigma = 0
@@ -138,7 +169,8 @@ def dpmpp_2m_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,
         x_cur = x_next
         denoised = midway = _evaluate(denoise, x_cur, t_cur, cond, i)
         if callback:
-            callback({"i": i, "sigma": t_cur, "sigma_hat": t_cur, "x": x_cur, "denoised": denoised})
+            callback({"i": i, "sigma": t_cur, "sigma_hat": t_cur, "x": x_cur,
+                      "denoised": denoised})
         if previous is not None and t_next > 0:
             midway = torch.lerp(previous, denoised, 1 + h[i] / (2 * h[i - 1]))
         x_next = torch.lerp(midway, x_cur, t_next / t_cur)
@@ -148,21 +180,28 @@ def dpmpp_2m_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,
 # %% ../nbs/11_sampler.ipynb #3b7f7686
 def _check_noise(eta: float, S_noise: float, largest: float = float("inf")) -> None:
     if not (0 <= eta <= largest and eta < math.inf and 0 <= S_noise < math.inf):
-        allowed = "finite and not negative" if largest == math.inf else f"from 0 to {largest:g}"
-        raise ValueError(f"eta must be {allowed}, S_noise finite and not negative; not eta={eta}, S_noise={S_noise}")
+        allowed = ("finite and not negative" if largest == math.inf
+                   else f"from 0 to {largest:g}")
+        raise ValueError(f"eta must be {allowed}, S_noise finite and not negative; not "
+                         f"eta={eta}, S_noise={S_noise}")
 
 
 @torch.no_grad()
 def euler_ancestral_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,
-                           sigmas: Tensor | Sequence[float] | None = None, num_steps: int = 40,
-                           sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, eta: float = 1.0,
-                           S_noise: float = 1.0, randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
-                           dtype: torch.dtype = torch.float64, callback: Callback | None = None) -> Tensor:
-    """Ancestral sampling with Euler's steps: down to sigma_down, then up by fresh noise, Eq. (down-up).
+                           sigmas: Tensor | Sequence[float] | None = None,
+                           num_steps: int = 40, sigma_min: float = 0.002,
+                           sigma_max: float = 80.0, rho: float = 7.0, eta: float = 1.0,
+                           S_noise: float = 1.0,
+                           randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+                           dtype: torch.dtype = torch.float64,
+                           callback: Callback | None = None) -> Tensor:
+    """Ancestral sampling with Euler's steps, Eq. (down-up) of chapter 11.
 
-    `eta` from 0 (Euler's method) to 1 (DDPM's chain) is that of Song et al. 2021, "Denoising Diffusion Implicit
-    Models", Eq. (16). `S_noise` multiplies the noise, which is drawn if `eta` > 0, once a step but not in one into
-    sigma = 0. The rest is as in `heun_sample`, where `sigma_hat` is `sigma`.
+    Each goes down to sigma_down, then up by fresh noise. `eta` from 0 (Euler's method)
+    to 1 (DDPM's chain) is that of Song et al. 2021, "Denoising Diffusion Implicit
+    Models", their Eq. 16. `S_noise` multiplies the noise, which is drawn if `eta` > 0,
+    once a step but not in one into sigma = 0. The rest is as in `heun_sample`, where
+    `sigma_hat` is `sigma`.
     """
     _check_noise(eta, S_noise, largest=1.0)
     sigmas = _schedule(latents, sigmas, num_steps, sigma_min, sigma_max, rho, dtype)
@@ -171,7 +210,8 @@ def euler_ancestral_sample(denoise: Denoise, latents: Tensor, cond: Any = None, 
         x_cur = x_next
         denoised = _evaluate(denoise, x_cur, t_cur, cond, i)
         if callback:
-            callback({"i": i, "sigma": t_cur, "sigma_hat": t_cur, "x": x_cur, "denoised": denoised})
+            callback({"i": i, "sigma": t_cur, "sigma_hat": t_cur, "x": x_cur,
+                      "denoised": denoised})
         t_up = eta * t_next / t_cur * (t_cur**2 - t_next**2).sqrt()
         t_down = (t_next**2 - t_up**2).sqrt()
         x_next = torch.lerp(denoised, x_cur, t_down / t_cur)
@@ -182,15 +222,20 @@ def euler_ancestral_sample(denoise: Denoise, latents: Tensor, cond: Any = None, 
 # %% ../nbs/11_sampler.ipynb #1314e128
 @torch.no_grad()
 def dpmpp_3m_sde_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,
-                        sigmas: Tensor | Sequence[float] | None = None, num_steps: int = 40, sigma_min: float = 0.002,
-                        sigma_max: float = 80.0, rho: float = 7.0, eta: float = 1.0, S_noise: float = 1.0,
-                        randn_like: Callable[[Tensor], Tensor] = torch.randn_like, dtype: torch.dtype = torch.float64,
+                        sigmas: Tensor | Sequence[float] | None = None,
+                        num_steps: int = 40, sigma_min: float = 0.002,
+                        sigma_max: float = 80.0, rho: float = 7.0, eta: float = 1.0,
+                        S_noise: float = 1.0,
+                        randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+                        dtype: torch.dtype = torch.float64,
                         callback: Callback | None = None) -> Tensor:
-    """DPM-Solver++(3M) SDE, stochastic, three answers deep with one evaluation a step: k-diffusion's, after Lu et al.
+    """DPM-Solver++(3M) SDE, stochastic: k-diffusion's, after Lu et al.
 
-    An exponential integrator of Eq. (family) with Eqs. (noisy-step) to (weights). `eta` >= 0 is the noise: 0 for the
-    ODE, 1 for the reverse SDE. `S_noise` multiplies the noise, which is drawn if `eta` > 0, once a step but not in one
-    into sigma = 0. The rest is as in `heun_sample`, where `sigma_hat` is `sigma`.
+    It is three answers deep with one evaluation a step: an exponential integrator of
+    Eq. (family) of chapter 11 with Eqs. (noisy-step) to (weights) of chapter 11. `eta`
+    >= 0 is the noise: 0 for the ODE, 1 for the reverse SDE. `S_noise` multiplies the
+    noise, which is drawn if `eta` > 0, once a step but not in one into sigma = 0. The
+    rest is as in `heun_sample`, where `sigma_hat` is `sigma`.
     """
     _check_noise(eta, S_noise)
     sigmas = _schedule(latents, sigmas, num_steps, sigma_min, sigma_max, rho, dtype)
@@ -200,7 +245,8 @@ def dpmpp_3m_sde_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,
         x_cur = x_next
         denoised = _evaluate(denoise, x_cur, t_cur, cond, i)
         if callback:
-            callback({"i": i, "sigma": t_cur, "sigma_hat": t_cur, "x": x_cur, "denoised": denoised})
+            callback({"i": i, "sigma": t_cur, "sigma_hat": t_cur, "x": x_cur,
+                      "denoised": denoised})
         w_0 = -torch.expm1(-(1 + eta) * h[i])
         x_next = torch.lerp(x_cur, denoised, w_0)
         if previous is not None and t_next > 0:
@@ -210,9 +256,11 @@ def dpmpp_3m_sde_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,
             if previous_slope is not None:
                 w_2 = h[i] ** 2 - 2 * w_1 / (1 + eta)
                 bend = (slope - previous_slope) / (h[i - 1] + h[i - 2])
-                x_next = x_next + (w_2 / 2 + h[i - 1] * w_1) * bend  # half of w_2, as its peers take
+                # half of w_2, as its peers take
+                x_next = x_next + (w_2 / 2 + h[i - 1] * w_1) * bend
             previous_slope = slope
         if eta > 0 and t_next > 0:
-            x_next = x_next + t_next * (-torch.expm1(-2 * eta * h[i])).sqrt() * S_noise * randn_like(x_next)
+            x_next = (x_next + t_next * (-torch.expm1(-2 * eta * h[i])).sqrt() * S_noise
+                      * randn_like(x_next))
         previous = denoised
     return x_next.to(latents.dtype)

@@ -352,12 +352,12 @@ def log_likelihood(
     """Log-likelihood `[B]` of `x [B, ...]` in bits per dimension.
 
     It is log2 of the density at t_min, over the dimensions. The density is followed
-    along the probability-flow ODE to the prior, Eq. (likelihood); Song et al. 2021,
-    appendix D.2. The divergence of the velocity is Hutchinson's estimate from `probes`
-    vectors of random signs, the same at all times; `probes=None` takes the trace
-    exactly, at one derivative a dimension. The score must be differentiable. Times are
-    as in `ode_sample`, passed upwards. Raises ValueError as it does, and where `probes`
-    is less than 1.
+    along the probability-flow ODE to the prior, Eq. (likelihood) of chapter 1; Song et
+    al. 2021, appendix D.2. The divergence of the velocity is Hutchinson's estimate from
+    `probes` vectors of random signs, the same at all times; `probes=None` takes the
+    trace exactly, at one derivative a dimension. The score must be differentiable.
+    Times are as in `ode_sample`, passed upwards. Raises ValueError as it does, and
+    where `probes` is less than 1.
     """
     velocity, n = sde.reverse(score, noise=0.0), x[0].numel()
     times = _times(x, times, num_steps, t_min)

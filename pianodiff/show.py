@@ -9,10 +9,10 @@ import functools
 import io
 import math
 import re
-import threading
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 # %% ../nbs/23_show.ipynb #25f5402b
 def plot_spectrogram(spec: Tensor, cfg: SpectrogramConfig, ax: "Axes | None" = None,
                      title: str | None = None) -> "Axes":
-    """Draw a spectrogram `[n_bins, frames]` in [0, 1] into `ax` (a new figure's by default), by Eq. (axes).
+    """Draw a spectrogram `[n_bins, frames]` in [0, 1] into `ax`, by default a new one.
 
-    The axes are in seconds and hertz, the colours in decibels. Raises ValueError if it has another shape, no frames or
-    NaN.
+    The axes are in seconds and hertz, the colours in decibels. Raises ValueError if it
+    has another shape, no frames or NaN.
     """
     _check_spectrogram(spec, cfg)
     if ax is None:
@@ -39,9 +39,11 @@ def plot_spectrogram(spec: Tensor, cfg: SpectrogramConfig, ax: "Axes | None" = N
 
         ax = plt.subplots(figsize=(7.5, 3), layout="constrained")[1]
     column, row = cfg.hop_length / cfg.sample_rate, cfg.sample_rate / cfg.n_fft
-    extent = (-column / 2, (spec.shape[1] - 0.5) * column, -row / 2, (cfg.n_bins - 0.5) * row)
-    image = ax.imshow((spec.detach().cpu().numpy() - 1) * cfg.top_db, cmap="magma", vmin=-cfg.top_db, vmax=0,
-                      origin="lower", aspect="auto", extent=extent, interpolation="nearest")
+    extent = (-column / 2, (spec.shape[1] - 0.5) * column, -row / 2,
+              (cfg.n_bins - 0.5) * row)
+    image = ax.imshow((spec.detach().cpu().numpy() - 1) * cfg.top_db, cmap="magma",
+                      vmin=-cfg.top_db, vmax=0, origin="lower", aspect="auto",
+                      extent=extent, interpolation="nearest")
     ax.set(xlabel="time (s)", ylabel="frequency (Hz)", title=title)
     ax.figure.colorbar(image, ax=ax, label="level (dB)")
     return ax
@@ -49,7 +51,8 @@ def plot_spectrogram(spec: Tensor, cfg: SpectrogramConfig, ax: "Axes | None" = N
 
 def _check_spectrogram(spec: Tensor, cfg: SpectrogramConfig) -> None:
     if spec.ndim != 2 or len(spec) != cfg.n_bins or not spec.shape[1]:
-        raise ValueError(f"a spectrogram [{cfg.n_bins}, frames] is needed, not one of shape {list(spec.shape)}")
+        raise ValueError(f"a spectrogram [{cfg.n_bins}, frames] is needed, not one of "
+                         f"shape {list(spec.shape)}")
     if not spec.isfinite().all():
         raise ValueError("the spectrogram holds NaN or infinite values")
 
@@ -60,12 +63,16 @@ def _data(kind: str, data: bytes) -> str:
 
 
 def _picture(spec: Tensor) -> str:
-    """A spectrogram `[n_bins, frames]` in [0, 1] as a WebP picture of at most 256 rows and 1000 columns: a data URI."""
+    """A spectrogram `[n_bins, frames]` in [0, 1] as a picture: a data URI.
+
+    It is in WebP, of at most 256 rows and 1000 columns.
+    """
     import matplotlib  # here, since importing them takes a while
     from PIL import Image
 
     rows, columns = min(spec.shape[0], 256), min(spec.shape[1], 1000)
-    pixels = torch.nn.functional.adaptive_max_pool2d(spec.detach().cpu().float()[None], (rows, columns))[0].flip(0)
+    pixels = torch.nn.functional.adaptive_max_pool2d(
+        spec.detach().cpu().float()[None], (rows, columns))[0].flip(0)
     data = io.BytesIO()
     colours = matplotlib.colormaps["magma"](pixels.numpy(), bytes=True)[..., :3]
     Image.fromarray(colours).save(data, "webp", quality=30, method=6)
@@ -73,7 +80,10 @@ def _picture(spec: Tensor) -> str:
 
 
 def _spectrogram_of(wave: Tensor, sample_rate: int) -> Tensor:
-    """The spectrogram `[n_bins, frames]` of `wave` `[T]`, by windows of about 64 ms, up to the Nyquist frequency."""
+    """The spectrogram `[n_bins, frames]` of `wave` `[T]`, up to the Nyquist frequency.
+
+    Its windows last about 64 ms.
+    """
     n_fft = 2 ** max(round(math.log2(0.064 * sample_rate)), 4)
     cfg = SpectrogramConfig(sample_rate, n_fft, n_fft // 4)
     whole = torch.nn.functional.pad(wave, (0, -len(wave) % cfg.hop_length))  # hops
@@ -81,15 +91,19 @@ def _spectrogram_of(wave: Tensor, sample_rate: int) -> Tensor:
 
 
 def _ticks(end: float, most: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten from 0 to `end`: as many as there are, but no more than `most`."""
+    """Multiples of 1, 2 or 5 times a power of ten from 0 to `end`, at most `most`."""
     power = 10.0 ** math.floor(math.log10(end / most))
-    step = next(step for step in (power, 2 * power, 5 * power, 10 * power, 20 * power) if end / step < most)
+    step = next(step for step in (power, 2 * power, 5 * power, 10 * power, 20 * power)
+                if end / step < most)
     return [step * i for i in range(int(end / step + 1e-9) + 1)]
 
 # %% ../nbs/23_show.ipynb #b1e67ee0
 @functools.cache
 def _static(name: str) -> str:
-    """A file of the package's folder `static` as an element of a page, without its comments and indentation."""
+    """A file of the package's folder `static` as an element of a page.
+
+    Its comments and its indentation are left out.
+    """
     text = (resources.files("pianodiff") / "static" / name).read_text()
     text = re.sub(r"^\s*//.*\n|/\*.*?\*/\s*|^\s+", "", text, flags=re.M)
     tag = "style" if name.endswith(".css") else "script"
@@ -97,39 +111,46 @@ def _static(name: str) -> str:
 
 # %% ../nbs/23_show.ipynb #232b6755
 def _sound(wave: Tensor, sample_rate: int, lossless: bool) -> str:
-    """The file of `wave` `[T]` for a page: MP3, or FLAC where it has to be lossless or MP3 lacks the rate."""
+    """The file of `wave` `[T]` for a page: MP3, or FLAC as `player` says."""
     if lossless or sample_rate not in MP3_RATES:
         return _data("audio/flac", to_flac(wave, sample_rate))
     return _data("audio/mpeg", to_mp3(wave, sample_rate))
 
 
 def _axis(side: str, end: float, most: int, unit: str) -> str:
-    """The labels along an axis from 0 to `end`, each placed at its percentage from the `side`."""
-    labels = [f'<i style="{side}:{100 * tick / end:.4g}%">{tick:g}</i>' for tick in _ticks(end, most)]
+    """The labels along an axis from 0 to `end`, each at its percentage from `side`."""
+    labels = [f'<i style="{side}:{100 * tick / end:.4g}%">{tick:g}</i>'
+              for tick in _ticks(end, most)]
     labels[-1] = labels[-1].replace("</i>", f" {unit}</i>")
     return f'<span aria-hidden="true">{"".join(labels)}</span>'
 
 
-def _figure(wave: Tensor, sample_rate: int, title: str | None, lossless: bool, spec: Tensor | None = None) -> str:
-    """A player without its style and script, under `spec` or the wave's own spectrogram."""
+def _figure(wave: Tensor, sample_rate: int, title: str | None, lossless: bool,
+            spec: Tensor | None = None) -> str:
+    """A player without style and script, under `spec` or the wave's spectrogram."""
     sound = _sound(wave, sample_rate, lossless)
     wave = torch.as_tensor(wave).detach().cpu().float()
     spec = _spectrogram_of(wave, sample_rate) if spec is None else spec
     seconds, name = len(wave) / sample_rate, escape(title or "the sound")
     caption = f"<figcaption>{name}</figcaption>" if title else ""
-    return (f'<figure class="piano" data-lm-suppress-shortcuts="true">{caption}'  # keys are the player's, not Jupyter's
-            f'<img class="dark-light" alt="spectrogram: {name}" src="{_picture(spec)}">'  # its colours stay in the dark
-            f'{_axis("bottom", sample_rate / 2000, 6, "kHz")}{_axis("left", seconds, 7, "s")}'
+    # Keys are the player's, not Jupyter's; the picture's colours stay in the dark.
+    return (f'<figure class="piano" data-lm-suppress-shortcuts="true">{caption}'
+            f'<img class="dark-light" alt="spectrogram: {name}" src="{_picture(spec)}">'
+            f'{_axis("bottom", sample_rate / 2000, 6, "kHz")}'
+            f'{_axis("left", seconds, 7, "s")}'
             f'<audio controls aria-label="{name}" src="{sound}"></audio>'
             f'<piano-head seconds="{seconds:.6g}"></piano-head></figure>')
 
 
-def player(wave: Tensor, sample_rate: int | None = None, *, title: str | None = None, lossless: bool = False) -> "HTML":
-    """A player for `wave` `[T]` with its spectrogram, up to the Nyquist frequency, and a play-head that moves over it.
+def player(wave: Tensor, sample_rate: int | None = None, *, title: str | None = None,
+           lossless: bool = False) -> "HTML":
+    """A player for `wave` `[T]`: its spectrogram, with a play-head that moves over it.
 
-    The sound is embedded at its own level: as MP3, or as FLAC where `lossless` asks for it or MP3 lacks the rate. It is
-    one piece of HTML, which needs neither kernel nor network. Without `sample_rate` it is a `Wave`'s own, or 8000 Hz.
-    Raises ValueError for a wave that is empty, not one-dimensional or not finite.
+    The spectrogram reaches up to the Nyquist frequency. The sound is embedded at its
+    own level: as MP3, or as FLAC where `lossless` asks for it or MP3 lacks the rate. It
+    is one piece of HTML, which needs neither kernel nor network. Without `sample_rate`
+    it is a `Wave`'s own, or 8000 Hz. Raises ValueError for a wave that is empty, not
+    one-dimensional or not finite.
     """
     from IPython.display import HTML  # here, since only notebooks have it
 
@@ -137,19 +158,22 @@ def player(wave: Tensor, sample_rate: int | None = None, *, title: str | None = 
     return HTML("\n".join([_static("player.css"), figure, _static("player.js")]))
 
 # %% ../nbs/23_show.ipynb #d8f06038
-def slider(frames: Sequence[tuple[str, Tensor | None, Tensor]], cfg: SpectrogramConfig, *, label: str,
-           lossless: bool = False) -> "HTML":
-    """A slider called `label` over players: each a name, a spectrogram `[n_bins, frames]` or None, and a wave `[T]`.
+def slider(frames: Sequence[tuple[str, Tensor | None, Tensor]], cfg: SpectrogramConfig,
+           *, label: str, lossless: bool = False) -> "HTML":
+    """A slider called `label` over players.
 
-    One is seen at a time; a change keeps the place in the sound, and plays on if it played. Without a spectrogram the
-    wave's own is shown; the sound is embedded as `player` does. It needs neither kernel nor network; where scripts are
-    not run, all players are seen. Raises ValueError where there is no frame, and naming it, for one that
+    Each is a name, a spectrogram `[n_bins, frames]` or None, and a wave `[T]`. One is
+    seen at a time; a change keeps the place in the sound, and plays on if it played.
+    Without a spectrogram the wave's own is shown; the sound is embedded as `player`
+    does. It needs neither kernel nor network; where scripts are not run, all players
+    are seen. Raises ValueError where there is no frame, and naming it, for one that
     `plot_spectrogram` or `player` refuses.
     """
     from IPython.display import HTML
 
     if not len(frames):
-        raise ValueError("there is nothing to show; give at least one frame (name, spectrogram or None, wave)")
+        raise ValueError("there is nothing to show; give at least one frame (name, "
+                         "spectrogram or None, wave)")
     figures = []
     for name, spec, wave in frames:
         try:
@@ -158,22 +182,27 @@ def slider(frames: Sequence[tuple[str, Tensor | None, Tensor]], cfg: Spectrogram
             figures.append(_figure(wave, cfg.sample_rate, name, lossless, spec))
         except ValueError as error:
             raise ValueError(f"frame {name!r}: {error}") from error
-    control = f'<input type="range" min="0" max="{len(frames) - 1}" value="0" autocomplete="off">'
+    control = (f'<input type="range" min="0" max="{len(frames) - 1}" value="0" '
+               'autocomplete="off">')
     return HTML("\n".join([
         _static("player.css"), _static("slider.css"), '<div class="piano-slider">',
-        f"<label>{escape(label)}{control}</label>", *figures, "<piano-slider></piano-slider></div>",
+        f"<label>{escape(label)}{control}</label>", *figures,
+        "<piano-slider></piano-slider></div>",
         _static("player.js"), _static("slider.js")]))
 
 # %% ../nbs/23_show.ipynb #48b167e9
 _SAMPLERS = "dpmpp_2m", "dpmpp_3m_sde", "heun", "euler", "euler_ancestral"
-_NO_KERNEL = """<p class="piano-note"><em>Here would be the studio: seed, length, sampler, a sound to go on from, and a
-button that makes music. It needs a running kernel, and widgets: open this chapter in Jupyter with ipywidgets, or in
-Colab (<a href="https://colab.research.google.com">colab.research.google.com</a>), and run it from its top.</em></p>"""
+_NO_KERNEL = """<p class="piano-note"><em>Here would be the studio: seed, length,
+sampler, a sound to go on from, and a button that makes music.
+It needs a running kernel, and widgets: open this chapter in Jupyter with ipywidgets, or
+in Colab (<a href="https://colab.research.google.com">colab.research.google.com</a>),
+and run it from its top.</em></p>"""
 
 
 def _widgets() -> dict[str, Any]:
     """The studio's controls by name, and `box`, which lays them out."""
-    import ipywidgets as w  # type: ignore[import-untyped]  # here, since it takes a while
+    # here, since it takes a while
+    import ipywidgets as w  # type: ignore[import-untyped]
 
     auto = {"width": "auto"}
     made = {
@@ -181,8 +210,10 @@ def _widgets() -> dict[str, Any]:
         "seconds": w.BoundedFloatText(8.0, min=0.1, max=600.0, description="seconds"),
         "steps": w.IntSlider(NUM_STEPS, min=1, max=60, description="steps"),
         "sampler": w.Dropdown(options=_SAMPLERS, value=SAMPLER, description="sampler"),
-        "guidance": w.FloatSlider(GUIDANCE, min=0.0, max=4.0, step=0.1, description="guidance"),
-        "prompt": w.FileUpload(accept="audio/*", description="go on from a file", layout=auto),
+        "guidance": w.FloatSlider(GUIDANCE, min=0.0, max=4.0, step=0.1,
+                                  description="guidance"),
+        "prompt": w.FileUpload(accept="audio/*", description="go on from a file",
+                               layout=auto),
         "forget": w.Button(description="from nothing", layout=auto),
         "button": w.Button(description="Generate", button_style="primary"),
         "progress": w.FloatProgress(min=0.0, max=1.0),
@@ -196,11 +227,19 @@ def _widgets() -> dict[str, Any]:
                       layout={"flex_flow": "row wrap"})
     return made | {"box": w.VBox([settings, w.HBox(below), made["output"]])}
 
-# %% ../nbs/23_show.ipynb #625b5238
+
 class _Stopped(Exception):
     """The listener wants no more of it."""
 
 
+def _shown(wave: Tensor, rate: int, seed: int) -> dict[str, Any]:
+    """The output of a cell with a player for what was made, and a link to its file."""
+    sound, name = _sound(wave, rate, lossless=True), f"piano-{seed}.flac"
+    link = f'<p><a download="{name}" href="{sound}">Download {name}</a></p>'
+    page = player(wave, rate, title=f"seed {seed}").data + link
+    return {"output_type": "display_data", "data": {"text/html": page}, "metadata": {}}
+
+# %% ../nbs/23_show.ipynb #625b5238
 class Studio:
     """What `studio` gives: shown as `box`, with each widget as an attribute."""
 
@@ -218,52 +257,58 @@ class Studio:
     box: Any
 
     def __init__(self, piano: Any) -> None:
-        self.piano, self.stop, self.thread = piano, threading.Event(), threading.Thread()
+        self.piano, self.stop, self.thread = piano, Event(), Thread()
         for name, widget in _widgets().items():
             setattr(self, name, widget)
-        self.button.on_click(lambda _: self.stop.set() if self.thread.is_alive() else self._start())
+        self.button.on_click(self._pressed)
         self.forget.on_click(lambda _: self.prompt.set_trait("value", ()))
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return {**self.box._repr_mimebundle_(**kwargs), "text/html": _NO_KERNEL}  # for pages that have no widgets
+        # for pages that have no widgets
+        return {**self.box._repr_mimebundle_(**kwargs), "text/html": _NO_KERNEL}
 
-    def _start(self) -> None:
+    def _pressed(self, button: Any) -> None:
+        if self.thread.is_alive():
+            return self.stop.set()
         self.stop.clear()
-        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread = Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def _work(self) -> None:
-        self.button.description, self.status.value, self.progress.value = "Stop", "", 0.0
+        self.button.description, self.status.value = "Stop", ""
+        self.progress.value = 0.0
         try:
-            page = self._generate()
-            self.output.outputs = ({"output_type": "display_data", "data": {"text/html": page}, "metadata": {}},)
+            self.output.outputs = (self._generate(),)
         except _Stopped:
             self.status.value = "stopped"
-        except Exception as error:  # whatever it is, the listener should see it, and the button work again
+        except Exception as error:  # the listener should see it, whatever it is
             self.status.value = f"{error}".partition("\n")[0] or type(error).__name__
         finally:
             self.button.description = "Generate"
 
-    def _generate(self) -> str:
+    def _generate(self) -> dict[str, Any]:
         rate, seed = self.piano.cfg.sample_rate, self.seed.value
-        sounds = [load_audio(io.BytesIO(bytes(file["content"])), rate) for file in self.prompt.value]
-        new = self.piano.generate(self.seconds.value, seed=seed, prompt=sounds[0] if sounds else None,
-                                  sampler=self.sampler.value, num_steps=self.steps.value,
-                                  guidance=self.guidance.value, callback=self._report)
-        wave, name = torch.cat([*sounds, new]), f"piano-{seed}.flac"
-        link = f'<p><a download="{name}" href="{_sound(wave, rate, lossless=True)}">Download {name}</a></p>'
-        return player(wave, rate, title=f"seed {seed}").data + link
+        sounds = [load_audio(io.BytesIO(bytes(file["content"])), rate)
+                  for file in self.prompt.value]
+        new = self.piano.generate(
+            self.seconds.value, seed=seed, prompt=sounds[0] if sounds else None,
+            sampler=self.sampler.value, num_steps=self.steps.value,
+            guidance=self.guidance.value, callback=self._report)
+        return _shown(torch.cat([*sounds, new]), rate, seed)
 
     def _report(self, progress: Any) -> None:
         if self.stop.is_set():
             raise _Stopped
-        self.progress.value = (progress.block + progress.step / progress.num_steps) / progress.num_blocks
+        done = progress.block + progress.step / progress.num_steps
+        self.progress.value = done / progress.num_blocks
 
-
+# %% ../nbs/23_show.ipynb #625b5239
 def studio(piano: Any) -> Studio:
-    """Widgets that play `piano`, a `Piano` or whatever has its `cfg` and its `generate`: settings, a button, the sound.
+    """Widgets that play `piano`: settings, a button, the sound.
 
-    It needs a live kernel; a page without one says how to get one. An uploaded sound is gone on from, and heard before
-    what is new. What `generate` or `load_audio` refuses is told in one line under the button.
+    `piano` is a `Piano`, or whatever has its `cfg` and its `generate`. It needs a live
+    kernel; a page without one says how to get one. An uploaded sound is gone on from,
+    and heard before what is new. What `generate` or `load_audio` refuses is told in one
+    line under the button.
     """
     return Studio(piano)

@@ -11,30 +11,39 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/27_synth.ipynb #fc0e0cab
-_FIGURE = "{0}*8 {0}*8 / . {1}*7 . {1}*7 / .*2 {2} {3} {4} {2} {3} {4} .*2 {2} {3} {4} {2} {3} {4}"
+_FIGURE = ("{0}*8 {0}*8 / . {1}*7 . {1}*7 / "
+           ".*2 {2} {3} {4} {2} {3} {4} .*2 {2} {3} {4} {2} {3} {4}")
 _BACH = """\
-C4 E4 G4 C5 E5|C4 D4 A4 D5 F5|B3 D4 G4 D5 F5|C4 E4 G4 C5 E5|C4 E4 A4 E5 A5|C4 D4 F#4 A4 D5
-B3 D4 G4 D5 G5|B3 C4 E4 G4 C5|A3 C4 E4 G4 C5|D3 A3 D4 F#4 C5|G3 B3 D4 G4 B4|G3 Bb3 E4 G4 C#5
-F3 A3 D4 A4 D5|F3 Ab3 D4 F4 B4|E3 G3 C4 G4 C5|E3 F3 A3 C4 F4|D3 F3 A3 C4 F4|G2 D3 G3 B3 F4
-C3 E3 G3 C4 E4|C3 G3 Bb3 C4 E4|F2 F3 A3 C4 E4|F#2 C3 A3 C4 Eb4|Ab2 F3 B3 C4 D4|G2 F3 G3 B3 D4
-G2 E3 G3 C4 E4|G2 D3 G3 C4 F4|G2 D3 G3 B3 F4|G2 Eb3 A3 C4 F#4|G2 E3 G3 C4 G4|G2 D3 G3 C4 F4
+C4 E4 G4 C5 E5|C4 D4 A4 D5 F5|B3 D4 G4 D5 F5|C4 E4 G4 C5 E5|C4 E4 A4 E5 A5
+C4 D4 F#4 A4 D5|B3 D4 G4 D5 G5|B3 C4 E4 G4 C5|A3 C4 E4 G4 C5|D3 A3 D4 F#4 C5
+G3 B3 D4 G4 B4|G3 Bb3 E4 G4 C#5|F3 A3 D4 A4 D5|F3 Ab3 D4 F4 B4|E3 G3 C4 G4 C5
+E3 F3 A3 C4 F4|D3 F3 A3 C4 F4|G2 D3 G3 B3 F4|C3 E3 G3 C4 E4|C3 G3 Bb3 C4 E4
+F2 F3 A3 C4 E4|F#2 C3 A3 C4 Eb4|Ab2 F3 B3 C4 D4|G2 F3 G3 B3 D4|G2 E3 G3 C4 E4
+G2 D3 G3 C4 F4|G2 D3 G3 B3 F4|G2 Eb3 A3 C4 F#4|G2 E3 G3 C4 G4|G2 D3 G3 C4 F4
 G2 D3 G3 B3 F4|C2 C3 G3 Bb3 E4"""
 
 # %% ../nbs/27_synth.ipynb #02cd8b59
-_SATIE = """.*3|.*3|.*3|.*3|. F#5 A5|G5 F#5 C#5|B4 C#5 D5|A4*3|F#4*12|.*3|.*3|.*3|. F#5 A5|G5 F#5 C#5|B4 C#5 D5|A4*3"""
+_SATIE = (".*3|.*3|.*3|.*3|. F#5 A5|G5 F#5 C#5|B4 C#5 D5|A4*3|F#4*12|"
+          ".*3|.*3|.*3|. F#5 A5|G5 F#5 C#5|B4 C#5 D5|A4*3")
 _ROCKING = [" / G2*3 / . B3+D4+F#4*2", " / D2*3 / . A3+C#4+F#4*2"]
-_ELISE = """E5 D#5 E5 B4 D5 C5|A4*2 . C4 E4 A4 / A2 E3 A3*4|B4*2 . E4 G#4 B4 / E2 E3 G#3*4|C5*2 . E4 E5 D#5 / A2 E3 A3*4
-E5 D#5 E5 B4 D5 C5|A4*2 . C4 E4 A4 / A2 E3 A3*4|B4*2 . E4 C5 B4 / E2 E3 G#3*4|A4*2 .*2 E5 D#5 / A2 E3 A3*4"""
+_ELISE = """\
+E5 D#5 E5 B4 D5 C5|A4*2 . C4 E4 A4 / A2 E3 A3*4|B4*2 . E4 G#4 B4 / E2 E3 G#3*4
+C5*2 . E4 E5 D#5 / A2 E3 A3*4|E5 D#5 E5 B4 D5 C5|A4*2 . C4 E4 A4 / A2 E3 A3*4
+B4*2 . E4 C5 B4 / E2 E3 G#3*4|A4*2 .*2 E5 D#5 / A2 E3 A3*4"""
 
 # %% ../nbs/27_synth.ipynb #f318aaf6
-_MINUET = """D5*2 G4 A4 B4 C5/G3+B3+D4*4 A3*2|D5*2 G4*2 G4*2/B3*6|E5*2 C5 D5 E5 F#5/C4*6|G5*2 G4*2 G4*2/B3*6
-C5*2 D5 C5 B4 A4/A3*6|B4*2 C5 B4 A4 G4/G3*6|F#4*2 G4 A4 B4 G4/D4*2 B3*2 G3*2|A4*6/D4*2 D3 C4 B3 A3
-D5*2 G4 A4 B4 C5/B3*4 A3*2|D5*2 G4*2 G4*2/G3*2 B3*2 G3*2|E5*2 C5 D5 E5 F#5/C4*6|G5*2 G4*2 G4*2/B3*2 C4 B3 A3 G3
-C5*2 D5 C5 B4 A4/A3*4 F#3*2|B4*2 C5 B4 A4 G4/G3*4 B3*2|A4*2 B4 A4 G4 F#4/C4*2 D4*2 D3*2|G4*6/G3*4 G2*2"""
+_MINUET = """\
+D5*2 G4 A4 B4 C5/G3+B3+D4*4 A3*2|D5*2 G4*2 G4*2/B3*6|E5*2 C5 D5 E5 F#5/C4*6
+G5*2 G4*2 G4*2/B3*6|C5*2 D5 C5 B4 A4/A3*6|B4*2 C5 B4 A4 G4/G3*6
+F#4*2 G4 A4 B4 G4/D4*2 B3*2 G3*2|A4*6/D4*2 D3 C4 B3 A3|D5*2 G4 A4 B4 C5/B3*4 A3*2
+D5*2 G4*2 G4*2/G3*2 B3*2 G3*2|E5*2 C5 D5 E5 F#5/C4*6|G5*2 G4*2 G4*2/B3*2 C4 B3 A3 G3
+C5*2 D5 C5 B4 A4/A3*4 F#3*2|B4*2 C5 B4 A4 G4/G3*4 B3*2
+A4*2 B4 A4 G4 F#4/C4*2 D4*2 D3*2|G4*6/G3*4 G2*2"""
 
 # %% ../nbs/27_synth.ipynb #ca177e4c
 _PIECES = (  # (seconds per unit, units per bar, units per pedal, bars)
-    (0.21, 16, 8, [_FIGURE.format(*bar.split()) for bar in _BACH.replace("\n", "|").split("|")]),
+    (0.21, 16, 8, [_FIGURE.format(*bar.split())
+                   for bar in _BACH.replace("\n", "|").split("|")]),
     (0.80, 3, 3, [bar + _ROCKING[i % 2] for i, bar in enumerate(_SATIE.split("|"))]),
     (0.21, 6, 6, _ELISE.replace("\n", "|").split("|")),
     (0.24, 6, 0, _MINUET.replace("\n", "|").split("|")),
@@ -65,7 +74,7 @@ def _tone(pitch: int, velocity: float, held: float, sample_rate: int = 8000) -> 
     """One struck string, [T] float32: its partials below 3.9 kHz, held for `held`
     seconds, then damped in about 80 ms.
 
-    Partials are at `n f_0 sqrt(1 + B n^2)` (Eq. (inharmonicity)), with B in the form of
+    Partials are at `n f_0 sqrt(1 + B n^2)`, with B in the form of
     Rigaud et al. 2013; velocity is in (0, 1].
     """
     f0 = 440 * 2 ** ((pitch - 69) / 12)

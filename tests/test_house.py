@@ -219,6 +219,16 @@ def test_a_cell_can_be_taken_in_at_a_glance(chapter: Path):
         assert 'plt.style.use("pianodiff.book")' in "\n".join(code)
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_code_fits_on_a_wide_screen(chapter: Path, monkeypatch: pytest.MonkeyPatch):
+    """At 1440 px the book shows 98 columns. Imports, which it folds, don't count."""
+    monkeypatch.syspath_prepend(ROOT / "book")
+    only_imports = importlib.import_module("pianodiff_book").only_imports
+    code = [cell.source for cell in nbformat.read(chapter, as_version=4).cells if cell.cell_type == "code"]
+    lines = [line for source in code if not only_imports(source) for line in source.splitlines()]
+    assert [line for line in lines if len(line) > 88] == []
+
+
 def test_lines_of_code_leave_out_what_is_no_code():
     source = '''#| export
 import math

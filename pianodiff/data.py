@@ -317,7 +317,7 @@ def _finished(group: zarr.Group) -> dict[str, dict[str, Any]]:
 
 # %% ../nbs/05_data.ipynb #dat00011
 def _summary(finished: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The store's index, mean and standard deviation, Eq. (store-mean).
+    """The store's index, mean and standard deviation, Eq. (store-mean) of chapter 5.
 
     The last two are those of the training split, or of all if there is none.
     """

@@ -120,9 +120,9 @@ class Moments:
     def shrunk(self) -> "Moments":
         """A copy whose covariance is drawn towards a ball, for when points are few.
 
-        Oracle approximating shrinkage (Chen et al. 2010, Eq. (23)), with n - 1 in the
-        place of n, as the mean is estimated as well. The trace stays. Raises ValueError
-        for fewer than 2 points.
+        Oracle approximating shrinkage (Chen et al. 2010, their Eq. 23), with n - 1 in
+        the place of n, as the mean is estimated as well. The trace stays. Raises
+        ValueError for fewer than 2 points.
         """
         copy = Moments(len(self.mean))
         copy.n, copy.mean, copy._full_rank = self.n, self.mean.clone(), True
@@ -267,8 +267,8 @@ def kernel_distance_to(y: Tensor, *,
 def kernel_distance(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> float:
     """The squared maximum mean discrepancy of `x` `[N, D]` and `y` `[M, D]`.
 
-    Unbiased: Gretton et al. 2012, Eq. (3). The kernel is Gaussian, between 0 and 1; its
-    `bandwidth` is the `median_distance` of `y`, the reference, if not given. In
+    Unbiased: Gretton et al. 2012, their Eq. 3. The kernel is Gaussian, between 0 and 1;
+    its `bandwidth` is the `median_distance` of `y`, the reference, if not given. In
     float64; memory grows with N + M, not with their product. Negative values are
     chance, and mean "no distance". Raises ValueError for other dimensions, fewer than 2
     points, NaN, and a bandwidth that is not positive.
@@ -281,13 +281,13 @@ def interval(statistic: Callable[[Tensor], float], x: Tensor, *,
              seed: int = 0) -> tuple[float, float]:
     """A confidence interval for a statistic of the population behind `x` `[N, ...]`.
 
-    Eq. (halves). The statistic is computed on `resamples` random halves of `x`, which
-    give its spread and take out a bias of order 1/N. So for a Fréchet distance the
-    interval is about that of infinitely many clips, and lies below the distance of `x`
-    itself. It knows nothing of chance in the reference. Clips of one recording are not
-    independent: `groups` `[N]` numbers the recordings, and halves of these are drawn.
-    Raises ValueError for groups of another length, fewer than 4 clips or groups, fewer
-    than 2 resamples, or a level outside (0, 1).
+    Eq. (halves) of chapter 14. The statistic is computed on `resamples` random halves
+    of `x`, which give its spread and take out a bias of order 1/N. So for a Fréchet
+    distance the interval is about that of infinitely many clips, and lies below the
+    distance of `x` itself. It knows nothing of chance in the reference. Clips of one
+    recording are not independent: `groups` `[N]` numbers the recordings, and halves of
+    these are drawn. Raises ValueError for groups of another length, fewer than 4 clips
+    or groups, fewer than 2 resamples, or a level outside (0, 1).
     """
     groups = torch.arange(len(x)) if groups is None else groups
     if groups.shape != x.shape[:1]:
@@ -697,9 +697,9 @@ def distances(rows: dict[str, Row], reference: Pieces, embedding: Embedding, *,
               cache: Path | None = None, seed: int = 0) -> dict[str, dict[str, Any]]:
     """How far each row is from the reference, to one embedding.
 
-    For each row `frechet` (Eq. (37)) and `kernel` (Eq. (mmd)) with their 95 % intervals
-    over pieces, and `frechet_infinity`. With fewer than 4 pieces the intervals are over
-    clips, and too narrow.
+    For each row `frechet` (Eq. (37)) and `kernel` (Eq. (mmd) of chapter 14) with their
+    95 % intervals over pieces, and `frechet_infinity`. With fewer than 4 pieces the
+    intervals are over clips, and too narrow.
     """
     rate = reference.cfg.sample_rate
     y = embed(embedding, reference.clips, rate, cache=cache, progress=True)

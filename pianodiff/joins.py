@@ -154,9 +154,9 @@ def excess(at_joins: Tensor, inside: Tensor, *, resamples: int = 1000,
            seed: int = 0) -> Excess:
     """The probability that one of `at_joins` `[J]` exceeds one of `inside` `[K]`.
 
-    Eq. (auc), with its bootstrap interval, which takes values as independent: give
-    joins of many pieces. NaN values are left out. Raises ValueError if fewer than two
-    values are left on either side.
+    Eq. (auc) of chapter 16, with its bootstrap interval, which takes values as
+    independent: give joins of many pieces. NaN values are left out. Raises ValueError
+    if fewer than two values are left on either side.
     """
     x, y = (values[~values.isnan()].double().cpu()
             for values in (at_joins.flatten(), inside.flatten()))
@@ -194,7 +194,8 @@ def join(specs: Sequence[Tensor], cfg: SpectrogramConfig, *, n_iter: int = 20,
 
 # %% ../nbs/16_joins.ipynb #157c2454
 def retrieval_residue(spec: Tensor, wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """How far a wave is from its spectrogram: dB `[frames]`, Eq. (residue).
+    """How far a wave is from its spectrogram: dB `[frames]`, Eq. (residue)
+    of chapter 16.
 
     The wave is `[frames * hop_length]`, the spectrogram `[n_bins, frames]`. 0 dB is as
     far as silence. Raises ValueError if the lengths differ and for values that are not

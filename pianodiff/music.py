@@ -48,9 +48,9 @@ def note_salience(spec: Tensor, cfg: SpectrogramConfig, *, n_iter: int = 20) -> 
 
     In a spectrogram `[..., n_bins, frames]`. The amplitude of the note's first partial,
     1 for a full-scale sine: harmonic summation, then `n_iter` updates of Eq. (salience)
-    in which the notes compete for the partials that they share (after Klapuri 2006; Lee
-    and Seung 2001). C8 lies beyond 4 kHz and is always 0. Raises ValueError for another
-    number of rows and for values not finite.
+    of chapter 15 in which the notes compete for the partials that they share (after
+    Klapuri 2006; Lee and Seung 2001). C8 lies beyond 4 kHz and is always 0. Raises
+    ValueError for another number of rows and for values not finite.
     """
     # 0 at the floor
     magnitude = (to_magnitude(spec, cfg)[..., :-1, :] / cfg.reference
@@ -80,7 +80,7 @@ def sounding_notes(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
 
 # %% ../nbs/15_music.ipynb #beb2a22f
 def _onset_frames(spec: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
-    """Onsets, bool `[N, frames]`, and the flux in dB, Eq. (flux).
+    """Onsets, bool `[N, frames]`, and the flux in dB, Eq. (flux) of chapter 15.
 
     Of spectrograms `[N, n_bins, frames]`.
     """
@@ -97,7 +97,7 @@ def _onset_frames(spec: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]
 
 
 def find_onsets(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """Seconds `[K]` at which notes are struck: peaks of Eq. (flux).
+    """Seconds `[K]` at which notes are struck: peaks of Eq. (flux) of chapter 15.
 
     In a spectrogram `[n_bins, frames]`. Chords count once, and two onsets are at least
     30 ms apart. Raises ValueError for another shape, values that are not finite, and
@@ -237,9 +237,9 @@ def pitch_profile(seconds: Tensor) -> Tensor:
 def statistic_distance(x: Tensor, y: Tensor) -> float:
     """Wasserstein-1 distance of values `[N]` from a reference `[M]`.
 
-    In standard deviations of the reference: Eq. (wasserstein). NaN values are left out;
-    NaN if none of x is left. Where y does not vary at all, it is 0 if x is the same and
-    infinite if not. Raises ValueError unless two values of y are left.
+    In standard deviations of the reference: Eq. (wasserstein) of chapter 15. NaN values
+    are left out; NaN if none of x is left. Where y does not vary at all, it is 0 if x
+    is the same and infinite if not. Raises ValueError unless two values of y are left.
     """
     x, y = (t[~t.isnan()].double().sort().values for t in (x.flatten(), y.flatten()))
     if len(y) < 2:

@@ -72,7 +72,8 @@ def _norm(x: Tensor, width: int) -> Tensor:
 
 
 def _patterns(rows: Tensor, transpose: int) -> Tensor:
-    """Unit patterns of Eq. (pattern) of queries `[Q, bands, T]`, in all shifts.
+    """Unit patterns of Eq. (pattern) of chapter 17 of queries `[Q, bands, T]`, in all
+    shifts.
 
     `[Q, 2 * transpose + 1, bands - 2 * transpose, T]`. Shift `transpose + t` holds the
     rows that a passage's middle rows come to lie on when it is raised by t semitones.
@@ -247,9 +248,9 @@ def _cache_path(folder: str | os.PathLike, store: Store, split: str,
 class Neighbours:
     """The k nearest passages of Q blocks, nearest first, each of another piece.
 
-    `distance` `[Q, k]` is that of Eq. (pattern), in [0, 2]; `recording[q][j]` is an id,
-    in which the passage starts at `frame` `[Q, k]`; raised by `transposition` `[Q, k]`
-    semitones it is most like the block.
+    `distance` `[Q, k]` is that of Eq. (pattern) of chapter 17, in [0, 2];
+    `recording[q][j]` is an id, in which the passage starts at `frame` `[Q, k]`; raised
+    by `transposition` `[Q, k]` semitones it is most like the block.
     """
 
     distance: Tensor
@@ -327,12 +328,12 @@ class Corpus:
         """The passages nearest to blocks `[Q, n_bins, n_frames]` in [0, 1].
 
         One of each of the k nearest pieces. Every shift of every recording is compared
-        at the coarse resolution (Eq. (expanded)). The best passage of each of the k
-        nearest pieces, and the k best of all, are then placed to the frame and measured
-        there. With `transpose` = n also from n semitones lower to n higher, on the
-        bands that this leaves. `device` is a GPU if there is one. Raises ValueError for
-        blocks of another shape, not finite or outside [0, 1], and for a k or transpose
-        that the corpus can't give.
+        at the coarse resolution (Eq. (expanded) of chapter 17). The best passage of
+        each of the k nearest pieces, and the k best of all, are then placed to the
+        frame and measured there. With `transpose` = n also from n semitones lower to n
+        higher, on the bands that this leaves. `device` is a GPU if there is one. Raises
+        ValueError for blocks of another shape, not finite or outside [0, 1], and for a
+        k or transpose that the corpus can't give.
         """
         _check_query(self, blocks, k, transpose)
         return _nearest(self, blocks, k, transpose, device, progress)
@@ -494,7 +495,8 @@ def _nearest_part(corpus: Corpus, blocks: Tensor, k: int, transpose: int,
 
 # %% ../nbs/17_novelty.ipynb #570d4f4a
 def novelty_ratio(neighbours: Neighbours | Tensor) -> Tensor:
-    """The nearest distance over the mean of the next k - 1, `[Q]`: Eq. (ratio).
+    """The nearest distance over the mean of the next k - 1, `[Q]`: Eq. (ratio)
+    of chapter 17.
 
     Carlini et al. 2023, section 5.1. Near 1 for a block like many others, near 0 for a
     copy; 1 where all k distances are 0. `neighbours` may also be distances `[Q, k]`,

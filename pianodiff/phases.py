@@ -20,8 +20,8 @@ def _floor(cfg: SpectrogramConfig) -> float:
 
 
 def _widest_paths(level: Tensor, before: Tensor) -> Tensor:
-    """The row in which the way to each bin `[B, K, rows]` starts, by Eq. (widest-path):
-    one sweep up and one down.
+    """The row in which the way to each bin `[B, K, rows]` starts, one sweep up and one
+    down, by Eq. (widest-path) of chapter 3.
 
     `level` is the logarithm of the frames' magnitudes and `before` that of the frames
     before them.
@@ -40,8 +40,8 @@ def _widest_paths(level: Tensor, before: Tensor) -> Tensor:
 
 # %% ../nbs/03_phases.ipynb #cbc43c7b
 def _phase_slopes(level: Tensor, cfg: SpectrogramConfig) -> tuple[Tensor, Tensor]:
-    """Eq. (phase-gradient) for the logarithm of magnitudes `[B, K, rows]`, summed by
-    the trapezoidal rule.
+    """Eq. (phase-gradient) of chapter 3 for the logarithm of magnitudes `[B, K, rows]`,
+    summed by the trapezoidal rule.
 
     The phase's turn from the frame before (for the first frame, its slope) and its
     climb from row 0, in radians.
@@ -62,9 +62,9 @@ def _gradient_phases(target: Tensor, cfg: SpectrogramConfig, seen: Tensor) -> Te
     the phases `seen` `[B, M, rows]`.
 
     Real-time phase-gradient heap integration (Prusa and Sondergaard 2016) of
-    Eq. (phase-gradient), without the heap: each bin follows that bin of the frame
-    before from which Eq. (widest-path) leads to it. Phases are `_stft`'s, counted from
-    the window's start.
+    Eq. (phase-gradient) of chapter 3, without the heap: each bin follows that bin of
+    the frame before from which Eq. (widest-path) of chapter 3 leads to it. Phases are
+    `_stft`'s, counted from the window's start.
     """
     first = seen.shape[1]
     level = target.clamp(min=_floor(cfg)).log()
@@ -110,12 +110,12 @@ class _Frames:
         self.padded.zero_()
 
     def stft(self, out: Tensor) -> None:
-        """Eq. (stft-discrete) of `wave`, as it stands."""
+        """Eq. (stft-discrete) of chapter 2 of `wave`, as it stands."""
         torch.mul(self.windows, self.window, out=self.frames)
         torch.fft.rfft(self.frames, out=out)
 
     def istft(self, stft: Tensor) -> None:
-        """Eq. (istft), into `wave`."""
+        """Eq. (istft) of chapter 2, into `wave`."""
         torch.fft.irfft(stft, n=self.n_fft, out=self.frames)
         self.padded.zero_()
         for place, part in self.overlap:
@@ -153,8 +153,8 @@ def _start(
 
 
 def _scale_to(target: Tensor, stft: Tensor, power: Tensor, squares: Tensor) -> None:
-    """Give `stft` the magnitude `target`: the first of Eq. (projections), in place; the
-    others are scratch.
+    """Give `stft` the magnitude `target`: the first of Eq. (projections) of chapter 3,
+    in place; the others are scratch.
     """
     parts = torch.view_as_real(stft).flatten(-2)  # real, imaginary, real, ...
     torch.mul(parts, parts, out=squares)
@@ -210,16 +210,16 @@ def griffin_lim(
     """Wave `[..., (frames - 1) * hop_length]` whose STFT has about this magnitude
     `[..., n_bins + 1, frames]`.
 
-    Fast Griffin-Lim (Perraudin et al. 2013; Eq. (fast-griffin-lim)), in place; with
-    `momentum=0` the original algorithm (Griffin and Lim 1984). It starts from the
-    phases that the magnitude's slopes give (Eq. (phase-gradient)). `generator` fixes
-    the phases that are drawn: where the magnitude is at the floor, or all with
-    `init="random"`. `n_iter` iterations follow; 0 leaves the start as it is. Batched,
-    on the magnitude's device. The magnitude must be finite, which is not checked. The
-    first P samples may be `known` `[..., P]`: they come back unchanged, and the others
-    follow in phase. Raises ValueError for another number of rows, fewer than two
-    frames, another `init`, and `known` samples of another batch or more than the wave
-    has.
+    Fast Griffin-Lim (Perraudin et al. 2013; Eq. (fast-griffin-lim) of chapter 3), in
+    place; with `momentum=0` the original algorithm (Griffin and Lim 1984). It starts
+    from the phases that the magnitude's slopes give (Eq. (phase-gradient) of
+    chapter 3). `generator` fixes the phases that are drawn: where the magnitude is
+    at the floor, or all with `init="random"`. `n_iter` iterations follow; 0 leaves the
+    start as it is. Batched, on the magnitude's device. The magnitude must be finite,
+    which is not checked. The first P samples may be `known` `[..., P]`: they come back
+    unchanged, and the others follow in phase. Raises ValueError for another number of
+    rows, fewer than two frames, another `init`, and `known` samples of another batch or
+    more than the wave has.
     """
     _check_target(magnitude, cfg, init, known)
     rows, count = magnitude.shape[-2:]
@@ -285,8 +285,8 @@ def stream_wave(
     up to whole hops) wait for the next piece or the end: this is the latency. Two
     windows of what was handed out are kept, so memory depends on the largest piece
     alone. With `known` samples `[..., P]`, a whole number of hops, the pieces begin
-    with their frames; only the new sound is handed out, in phase with them
-    (Eq. (known)). Raises what `to_wave` does, and ValueError for a part of a hop.
+    with their frames; only the new sound is handed out, in phase with them (Eq. (known)
+    of chapter 3). Raises what `to_wave` does, and ValueError for a part of a hop.
     """
     hop = cfg.hop_length
     window = math.ceil(cfg.n_fft / hop) * hop

@@ -110,9 +110,9 @@ class ResidualBlock(nn.Module):
     """Two convolutions, each after normalisation and SiLU, around a skip connection.
 
     `x` `[B, in, f, t]`, `emb` `[B, emb]` -> `[B, out, f, t]`. The embedding is added
-    between the two convolutions (the DDPM++ block of Song et al. 2021, Eq. (residual));
-    if `adaptive`, it scales and shifts the second normalisation (AdaGN, Dhariwal and
-    Nichol 2021, Eq. (adagn)).
+    between the two convolutions (the DDPM++ block of Song et al. 2021, Eq. (residual)
+    of chapter 6); if `adaptive`, it scales and shifts the second normalisation (AdaGN,
+    Dhariwal and Nichol 2021, Eq. (adagn) of chapter 6).
     """
 
     def __init__(
@@ -141,7 +141,8 @@ class ResidualBlock(nn.Module):
 
 # %% ../nbs/06_unet.ipynb #46cd058b
 class Attention(nn.Module):
-    """Self-attention, Eq. (attention), in a residual branch of `[B, C, f, t]`.
+    """Self-attention, Eq. (attention) of chapter 6, in a residual branch of
+    `[B, C, f, t]`.
 
     Positions see each other all ("ft"), within one instant ("f") or within one
     frequency row ("t"). A head has 32 channels or a few more.

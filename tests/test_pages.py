@@ -1,5 +1,6 @@
 """The pages that are not chapters: every equation and figure has its place, every name and every link leads there."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -43,6 +44,13 @@ def table() -> dict[str, tuple[str, str]]:
     rows = row.findall((ROOT / "book" / "notation.md").read_text())
     assert len(rows) == len({label for label, *_ in rows}), "a row stands twice"
     return {label: (chapter, function) for label, chapter, function in rows}
+
+
+@pytest.fixture
+def paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The book's and the bench's modules can be imported."""
+    monkeypatch.syspath_prepend(ROOT / "book")
+    monkeypatch.syspath_prepend(ROOT / "bench")
 
 
 def test_no_equation_and_no_figure_is_missing():
@@ -103,11 +111,37 @@ def test_the_commands_are_found():
     assert {command[0] for command in commands("train_your_own.md")} >= {"prepare", "train", "generate", "evaluate"}
 
 
+# ---- docstrings say where their equations are
+
+def misplaced(docstrings: str) -> list[str]:
+    """Citations of no equation, of ours without its chapter's number, or with another; the paper's have their own."""
+    found = []
+    for match in importlib.import_module("pianodiff_book").CITED.finditer(docstrings):
+        for label in re.findall(r"\(([\w-]+)\)", match[1]):
+            chapters = {Path(name).stem for name in places().get(f"eq-{label}", [])}
+            numbers = {str(importlib.import_module("figures").numbers().get(name)) for name in chapters}
+            if not numbers or match[2] != (None if label.isdigit() else numbers.pop()):
+                found.append(match[0])
+    return found
+
+
+@pytest.mark.parametrize("module", sorted((ROOT / "pianodiff").glob("[!_]*.py")), ids=lambda module: module.stem)
+def test_a_docstring_tells_the_chapter_of_its_equations(module: Path, paths: None):
+    nodes = ast.walk(ast.parse(module.read_text()))
+    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    assert misplaced("\n".join(texts)) == []
+
+
+@pytest.mark.parametrize("wrong", ["Eq. (guidance)", "Eq. (guidance) of chapter 11", "Eqs. (first-order) and\n(2m)",
+                                   "Eq. (27) of chapter 7", "Eq. (nothing) of chapter 12", "Eq. (axes) of chapter 23"])
+def test_an_equation_that_is_misplaced_is_found(wrong: str, paths: None):
+    assert misplaced(wrong) and not misplaced("Eq. (guidance)\n    of chapter 12, Eqs. (25), (32) and (33)")
+
+
 # ---- figures have one source
 
 @pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "bench")
+def figures(paths: None) -> ModuleType:
     return importlib.import_module("figures")
 
 

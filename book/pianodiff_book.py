@@ -192,7 +192,7 @@ def finish_page(app: Sphinx, page: str, template: str, context: dict[str, Any], 
     body = mend_lists(context.get("body", ""))
     address, branch = repository()
     here = f"{COLAB}/github/{address.removeprefix('https://github.com/')}/blob/{branch}/{page}.ipynb"
-    context["body"] = body.replace(f'href="{COLAB}"', f'href="{here}"')    # the studio's, where it has no kernel
+    context["body"] = body.replace(f'<a href="{COLAB}"', f'<a href="{here}"')    # the studio's, where it has no kernel
     if 'class="math ' not in body:
         context["script_files"] = [file for file in context["script_files"] if "mathjax" not in str(file.filename)]
     title = re.sub("<[^>]*>", "", context.get("title") or app.config.project)

@@ -32,7 +32,6 @@ from .distance import distance_section, farther, load_embedding
 from .files import plain, write_whole
 from .generate import Piano, Sampling
 from .joins import JOIN_MEASURES, joins_section
-from .model import noise_levels
 from .music import STATISTICS, drift_section, music_section
 from .novelty import novelty_section
 from .pieces import Comparison, Pieces, Section, by_decades, in_style, make_pieces, new_axes, read_pieces
@@ -181,7 +180,7 @@ def _settings_of(
     if not _is_sound(generated):
         try:
             piano = Piano.from_pretrained(generated, "cpu")
-            cfg, levels = piano.cfg, noise_levels(piano.config)
+            cfg, levels = piano.cfg, piano.noise_levels
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{generated} is no folder of sound files, "
                                     f"and {error}") from error

@@ -106,7 +106,7 @@ def rate_of(wave: Any, sample_rate: int | None = None) -> int:
 
 
 class Wave(Tensor):
-    """A wave `[T]` that knows its `sample_rate`, and the `seed` it was made from, if any.
+    """A wave `[T]` that knows its `sample_rate`, and its `seed` if it was made from one.
 
     Jupyter plays it. What is computed from it, copied or saved is a plain tensor.
     Raises ValueError for another shape than `[T]`.
@@ -337,7 +337,7 @@ SPECTROGRAMS = {
 # %% ../nbs/02_audio.ipynb #8bedfdb6
 def _stft(wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
     """Centred STFT of `[B, T]` with a Hann window, complex
-    `[B, n_fft//2 + 1, 1 + T // hop]` (Eq. (stft-discrete)).
+    `[B, n_fft//2 + 1, 1 + T // hop]` (Eq. (stft-discrete) of chapter 2).
     """
     window = torch.hann_window(cfg.n_fft, dtype=wave.dtype, device=wave.device)
     return torch.stft(wave, cfg.n_fft, cfg.hop_length, window=window,
@@ -346,7 +346,7 @@ def _stft(wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
 
 def _istft(stft: Tensor, cfg: SpectrogramConfig, length: int) -> Tensor:
     """The wave `[B, length]` whose STFT is nearest to `stft` in the least-squares sense
-    (Eq. (istft)).
+    (Eq. (istft) of chapter 2).
     """
     window = torch.hann_window(cfg.n_fft, dtype=stft.real.dtype, device=stft.device)
     return torch.istft(stft, cfg.n_fft, cfg.hop_length, window=window, length=length)
@@ -354,7 +354,7 @@ def _istft(stft: Tensor, cfg: SpectrogramConfig, length: int) -> Tensor:
 # %% ../nbs/02_audio.ipynb #15f52b8a
 def to_spectrogram(wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
     """Decibel spectrogram in [0, 1] of `wave` `[..., T]`:
-    `[..., n_bins, T // hop_length]` (Eq. (decibels)).
+    `[..., n_bins, T // hop_length]` (Eq. (decibels) of chapter 2).
 
     1 is the level of a full-scale sine, 0 lies `top_db` below it and holds everything
     quieter. Frame k is centred on sample `k * hop_length`, so the spectrograms of a
@@ -377,7 +377,7 @@ def to_spectrogram(wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
 # %% ../nbs/02_audio.ipynb #0ff7e616
 def to_magnitude(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
     """Linear magnitude `[..., n_bins + 1, frames]` of a spectrogram
-    `[..., n_bins, frames]` in [0, 1] (Eq. (decibels)).
+    `[..., n_bins, frames]` in [0, 1] (Eq. (decibels) of chapter 2).
 
     The Nyquist row, dropped on the way in, comes back with **amplitude** zero; 0 dB
     there would be full scale. Raises ValueError for another number of rows and for

@@ -117,7 +117,7 @@ def check_shape(info: Store, config: TrainConfig) -> None:
 
 # %% ../nbs/09_recipe.ipynb #6f50f08c
 def learning_rate(config: TrainConfig, images: float) -> float:
-    """The learning rate after `images` blocks, Eq. (learning-rate).
+    """The learning rate after `images` blocks, Eq. (learning-rate) of chapter 9.
 
     It rises, stays, and falls to zero at the end. Only the decay depends on the run's
     length, so a run can be prolonged.
@@ -138,9 +138,9 @@ def adamw(net: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 # %% ../nbs/09_recipe.ipynb #bec80913
 def ema_gamma(std: float) -> float:
-    """The exponent of the power-function EMA of relative width `std`, Eq. (ema-width).
+    """The exponent of the power-function EMA of relative width `std`.
 
-    After Karras et al. 2024, section 3.1.
+    Eq. (ema-width) of chapter 9, after Karras et al. 2024, section 3.1.
     Raises ValueError unless 0 < std < 0.288, the width of the plain average.
     """
     if not 0 < std < 0.288:
@@ -149,10 +149,10 @@ def ema_gamma(std: float) -> float:
 
 
 class PowerEMA:
-    """Average of weights over the steps, each weighted with step^gamma: Eq. (ema).
+    """Average of weights over the steps, weighted with step^gamma.
 
-    `net` is the averaged network (float32, eval mode). After Karras et al. 2024,
-    section 3.1.
+    `net` is the averaged network (float32, eval mode). Eq. (ema) of chapter 9, after
+    Karras et al. 2024, section 3.1.
     """
 
     def __init__(self, net: nn.Module, std: float) -> None:
@@ -161,7 +161,7 @@ class PowerEMA:
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
-        """Take in the weights after step 1, 2, ..., by Eq. (ema-step)."""
+        """Take in the weights after step 1, 2, ..., by Eq. (ema-step) of chapter 9."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
         averages: list[Tensor] = list(self.net.parameters())
         weights: list[Tensor] = list(net.parameters())
@@ -214,7 +214,7 @@ def draw_batch(
 def standardise(
     batch: dict[str, Tensor], mean: float, std: float, sigma_data: float = 0.5
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Blocks and their predecessors as the network sees them, Eq. (standardise).
+    """Blocks as the network sees them, Eq. (standardise) of chapter 12.
 
     `spec`, `prev` `[B, 1, F, W]` in [0, 1], or in uint8 as they are stored -> y `[B, 1,
     F, W]`, cond = (prev `[B, 1, F, W]`, has_prev `[B]`).

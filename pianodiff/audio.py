@@ -106,7 +106,7 @@ def rate_of(wave: Any, sample_rate: int | None = None) -> int:
 
 
 class Wave(Tensor):
-    """A wave `[T]` that knows its `sample_rate`, and its `seed` if it was made from one.
+    """A wave `[T]` that knows its `sample_rate`, and the `seed` it was made from.
 
     Jupyter plays it. What is computed from it, copied or saved is a plain tensor.
     Raises ValueError for another shape than `[T]`.

@@ -231,8 +231,8 @@ def _client(address: str) -> Any:
     try:
         from distributed import Client
     except ImportError as error:
-        raise ValueError("a cluster needs Dask; install it with "
-                         "`pip install pianodiff[dask]`") from error
+        raise ValueError("a cluster needs Dask; pip install dask distributed"
+                         ) from error
     try:
         return Client(address)
     except Exception as error:  # no address, or nobody there

@@ -546,7 +546,7 @@ class Encoder:
     """An audio encoder from the Hugging Face Hub or a folder, by `transformers`.
 
     D is the model's. A CLAP-like model gives its audio embedding, any other the mean of
-    its last layer over time. Needs `pip install pianodiff[embeddings]`. Raises
+    its last layer over time. Needs the package `transformers`. Raises
     ValueError where that is missing and where `name` can't be loaded as an audio
     encoder. Never runs code that comes with a model.
     """
@@ -555,8 +555,8 @@ class Encoder:
         try:
             import transformers  # noqa: F401
         except ImportError as error:
-            raise ValueError("encoders need transformers; run `pip install "
-                             "pianodiff[embeddings]`") from error
+            raise ValueError("encoders need transformers; pip install transformers"
+                             ) from error
         try:
             self._extractor, model, trained = _load_encoder(name)
             self.sample_rate = int(self._extractor.sampling_rate)

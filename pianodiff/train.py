@@ -184,7 +184,9 @@ def _from_model(
             raise ValueError(f"{init} ({model['name']}) and this run ({config.preset}) "
                              f"differ in {key}: {differences}; "
                              "choose the model's preset")
-    ancestor = {"name": model["name"], **noise_levels(model), **model["training"]}
+    licence = {"licence": model["licence"]} if "licence" in model else {}
+    ancestor = {"name": model["name"], **licence, **noise_levels(model),
+                **model["training"]}
     facts = _Facts(mean=model["mean"], std=model["std"], ancestor=ancestor)
     return facts, net.state_dict()
 
@@ -329,7 +331,8 @@ def _card(run: _Run) -> dict[str, Any]:
                 "settings": {k: v for k, v in _as_json(config).items() if k != "unet"}}
     name = "custom" if config.unet else config.preset
     levels = noise_levels(facts.ancestor or NOISE_LEVELS.get(name, {}))
-    return {"format": MODEL_FORMAT, "name": name, "preset": config.preset,
+    kept = {key: x for key, x in (facts.ancestor or {}).items() if key == "licence"}
+    return {"format": MODEL_FORMAT, "name": name, "preset": config.preset, **kept,
             "spectrogram": asdict(info.cfg), "unet": _as_json(config.network),
             "mean": facts.mean, "std": facts.std, "sigma_data": run.denoiser.sigma_data,
             **levels, "training": training}

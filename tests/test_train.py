@@ -321,7 +321,8 @@ def test_fine_tuning_starts_from_a_model_and_keeps_its_scale(store, whole, tmp_p
     assert noise_levels(config) == noise_levels(old_config) == {"sigma_max": 80, "rho": 7}  # the ancestor's go on
     about = whole / "model" / "config.json"
     louder = shutil.copytree(whole / "model", tmp_path / "louder")
-    (louder / "config.json").write_text(json.dumps(json.loads(about.read_text()) | {"sigma_max": 300.0, "licence": "A"}))
+    changed = json.loads(about.read_text()) | {"sigma_max": 300.0, "licence": "A"}
+    (louder / "config.json").write_text(json.dumps(changed))
     kept = load_model(train(other, tmp_path / "run2", still, init=louder))[1]
     assert noise_levels(kept)["sigma_max"] == 300 and kept["licence"] == "A" and "licence" not in config
     torch.testing.assert_close(net.state_dict(), old.state_dict(), rtol=0, atol=1e-6)

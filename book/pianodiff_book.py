@@ -54,12 +54,14 @@ def describe(section: str, code: str) -> str:
 
 
 def only_imports(code: str) -> bool:
-    """Whether a cell imports, perhaps for types alone, perhaps chooses the book's style, and does nothing else."""
+    """Whether a cell imports, perhaps for types alone or with a way out where something is missing, perhaps chooses
+    the book's style, and does nothing else."""
     try:
         body = ast.parse(code).body
     except SyntaxError:    # a line for the shell
         return False
-    for node in [node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]:
+    for node in [node for node in body if isinstance(node, ast.Try)
+                 or isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]:
         body.remove(node)
         body += node.body + node.orelse
     return bool(body) and all(isinstance(node, ast.Import | ast.ImportFrom)

@@ -577,6 +577,7 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> object:
 @pytest.mark.parametrize("code, folded", [
     ("import torch\nfrom torch import Tensor", True), ("import a\n\nplt.style.use('pianodiff.book')", True),
     ("import a\nif TYPE_CHECKING:\n    import b", True), ("import a\nif TYPE_CHECKING:\n    a.run()", False),
+    ("try:\n    import a\nexcept ImportError:\n    a = None", True), ("try:\n    a()\nexcept E:\n    pass", False),
     ("", False), ("import a\na.run()", False), ("!pip install a", False), ("plt.style.use(made())\nx = 1", False)])
 def test_imports_alone_are_folded(code: str, folded: bool, extension):
     cell = nbformat.v4.new_code_cell(f"#| export\n{code}")

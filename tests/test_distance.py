@@ -604,9 +604,9 @@ def test_what_is_no_encoder_is_refused(tmp_path, monkeypatch):
         load_embedding("logmell")
 
 
-def test_without_transformers_the_extra_is_named(monkeypatch):
+def test_without_transformers_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"pip install pianodiff\[embeddings\]"):
+    with pytest.raises(ValueError, match=r"pip install transformers"):
         load_embedding("m-a-p/MERT-v1-95M")
 
 

@@ -12,7 +12,7 @@ from pianodiff.audio import SPECTROGRAMS, save_audio
 from pianodiff.data import prepare
 from pianodiff.edm import Denoiser, edm_loss
 from pianodiff.model import PRESETS
-from pianodiff.recipe import WAYS, Way, fastest, native_bf16
+from pianodiff.recipe import Way, fastest, native_bf16, ways_to_try
 from pianodiff.synth import example_performance
 from pianodiff.unet import UNet, UNetConfig
 
@@ -34,7 +34,7 @@ def steps(config: UNetConfig, device: str, batch_size: int, num_steps: int, comp
 
     way = Way("bf16" if native_bf16(y.device) else "no")
     if device == "cpu":
-        ways = [way for way in WAYS if not compiled or way.attention == "default"]
+        ways = ways_to_try(compiled)
         for way in ways if compiled else ():
             gradient(way)  # what is compiled now won't be timed
         way = fastest(lambda way: seconds(partial(gradient, way)), ways)

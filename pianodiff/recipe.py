@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['EVAL_SIGMAS', 'WAYS', 'TrainConfig', 'check_shape', 'learning_rate', 'adamw', 'ema_gamma', 'PowerEMA', 'draw_batch',
            'standardise', 'augment', 'training_loss', 'validation_losses', 'ValidationSet', 'hold_out', 'native_bf16',
-           'use_bf16', 'Way', 'fastest']
+           'use_bf16', 'Way', 'ways_to_try', 'fastest']
 
 # %% ../nbs/09_recipe.ipynb #f4927582
 import math
@@ -338,6 +338,11 @@ class Way(NamedTuple):
 
 
 WAYS = tuple(Way(*way) for way in product(("no", "bf16"), ("default", "math")))
+
+
+def ways_to_try(compiled: bool) -> list[Way]:
+    """All ways; of a compiled network those by one kernel, since it uses no other."""
+    return [way for way in WAYS if not compiled or way.attention == "default"]
 
 
 def fastest(

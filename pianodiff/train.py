@@ -171,6 +171,11 @@ from .model import load_model, noise_levels
 from .recipe import Way, check_shape, hold_out, use_bf16
 
 # %% ../nbs/10_train.ipynb #6da3bccf
+def _licence(about: dict[str, Any]) -> dict[str, Any]:
+    """What a model, or an ancestor, says of its licence; nothing if it says nothing."""
+    return {key: about[key] for key in ("licence",) if key in about}
+
+
 def _from_model(
     init: str, config: TrainConfig, info: Store
 ) -> tuple[_Facts, dict[str, Tensor]]:
@@ -184,8 +189,7 @@ def _from_model(
             raise ValueError(f"{init} ({model['name']}) and this run ({config.preset}) "
                              f"differ in {key}: {differences}; "
                              "choose the model's preset")
-    licence = {"licence": model["licence"]} if "licence" in model else {}
-    ancestor = {"name": model["name"], **licence, **noise_levels(model),
+    ancestor = {"name": model["name"], **_licence(model), **noise_levels(model),
                 **model["training"]}
     facts = _Facts(mean=model["mean"], std=model["std"], ancestor=ancestor)
     return facts, net.state_dict()
@@ -331,8 +335,8 @@ def _card(run: _Run) -> dict[str, Any]:
                 "settings": {k: v for k, v in _as_json(config).items() if k != "unet"}}
     name = "custom" if config.unet else config.preset
     levels = noise_levels(facts.ancestor or NOISE_LEVELS.get(name, {}))
-    kept = {key: x for key, x in (facts.ancestor or {}).items() if key == "licence"}
-    return {"format": MODEL_FORMAT, "name": name, "preset": config.preset, **kept,
+    return {"format": MODEL_FORMAT, "name": name, "preset": config.preset,
+            **_licence(facts.ancestor or {}),
             "spectrogram": asdict(info.cfg), "unet": _as_json(config.network),
             "mean": facts.mean, "std": facts.std, "sigma_data": run.denoiser.sigma_data,
             **levels, "training": training}
@@ -453,13 +457,13 @@ class _Progress:
 # %% ../nbs/10_train.ipynb #6c20d3e2
 from accelerate.utils import broadcast_object_list
 
-from .recipe import WAYS, fastest
+from .recipe import fastest, ways_to_try
 
 # %% ../nbs/10_train.ipynb #6c20d3e3
 def _try_ways(run: _Run) -> Way:
     """The fastest way to compute this run's steps, as the main process finds it."""
     found, facts = [run.way], run.state.facts
-    ways = [way for way in WAYS if not run.config.compile or way.attention == "default"]
+    ways = ways_to_try(run.config.compile)
     if run.main:
         net = deepcopy(run.state.net)
         denoiser, batch = Denoiser(net), _draw(run, facts.step)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pianodiff.terminal import progress_bar
+from pianodiff.terminal import counted, lasting, progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,3 +32,18 @@ def test_a_log_gets_few_bars(monkeypatch: pytest.MonkeyPatch, stderr: io.StringI
         assert bar.mininterval == interval
         bar.update(3)
     assert "3/3" in stderr.getvalue()
+
+
+def test_slow_work_is_counted_by_the_second_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stderr", stderr := io.StringIO())
+    with progress_bar(total=3, unit=" blocks", initial=0) as bar:
+        bar.start_t -= 100
+        bar.update(3)
+    assert "0.03 blocks/s" in stderr.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0, "0.0 seconds"), (59.7, "59.7 seconds"), (60, "1.0 minutes"),
+                                               (3599, "60.0 minutes"), (3600, "1.0 hours"), (241_200, "67.0 hours")])
+def test_times_and_counts_in_words(seconds: float, words: str):
+    assert lasting(seconds) == words
+    assert [counted(n, "block") for n in (0, 1, 2000)] == ["0 blocks", "1 block", "2,000 blocks"]

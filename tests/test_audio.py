@@ -205,6 +205,18 @@ def test_any_float_dtype_and_graph_can_be_written(tmp_path):
         torch.testing.assert_close(load_audio(tmp_path / "x.wav"), torch.full((100,), 0.5), atol=2**-15, rtol=0)
 
 
+@pytest.mark.parametrize("wave", [np.full(100, 0.5), [0.5] * 100])
+def test_an_array_and_a_list_are_waves_too(tmp_path, wave):
+    save_audio(tmp_path / "x.wav", wave)
+    torch.testing.assert_close(load_audio(tmp_path / "x.wav"), torch.full((100,), 0.5), atol=2**-15, rtol=0)
+
+
+@pytest.mark.parametrize("wave", ["piano.wav", None, [[0.5], [0.5, 0.5]]])
+def test_what_is_no_wave_is_named(tmp_path, wave):
+    with pytest.raises(TypeError, match=rf"x.wav needs a wave \[T\] to write, not a {type(wave).__name__}"):
+        save_audio(tmp_path / "x.wav", wave)
+
+
 def test_a_written_wav_has_the_same_bytes_each_time(tmp_path, struck_notes):
     for name in ("a.wav", "b.wav"):
         save_audio(tmp_path / name, struck_notes)

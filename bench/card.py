@@ -5,7 +5,7 @@ weights.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,7 @@ from table import update
 
 from pianodiff.files import plain
 from pianodiff.generate import Sampling
-from pianodiff.model import NOISE_LEVELS
+from pianodiff.model import NOISE_LEVELS, trainings
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "pianodiff" / "weights"
@@ -27,17 +27,10 @@ GPU_WATTS = 700    # an H100's or H200's limit, by their datasheets
 WATTS = (5, 15)    # a busy core of a server, its share of memory, supplies and cooling included: an assumption
 
 
-def runs(training: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A model's trainings, the last one first."""
-    yield training
-    if ancestor := training.get("ancestor"):
-        yield from runs(ancestor)
-
-
 def seen(training: dict[str, Any]) -> dict[str, tuple[int, float]]:
     """Blocks and hours of all its trainings, by the device that they ran on."""
     totals: dict[str, tuple[int, float]] = {}
-    for run in reversed([*runs(training)]):
+    for run in reversed([*trainings({"training": training})]):
         blocks, hours = totals.get(device := run.get("device", "cpu"), (0, 0.0))
         totals[device] = blocks + run["images"], hours + run["seconds"] / 3600
     return totals

@@ -2,20 +2,21 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'MODEL_FORMAT', 'NOISE_LEVELS', 'count', 'check_replaceable', 'save_model', 'noise_levels', 'load_model',
-           'find_model']
+           'model_in', 'find_model', 'trainings']
 
 # %% ../nbs/08_model.ipynb #1982fad9
 import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,7 +83,8 @@ def save_model(
     tensors = {name: tensor.detach().half().cpu().contiguous()
                for name, tensor in net.state_dict().items()}
     with whole_folder(folder) as part:
-        save_file(tensors, part / "model.safetensors")
+        # not `save_file`, whose files nobody else may read
+        (part / "model.safetensors").write_bytes(save(tensors))
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # %% ../nbs/08_model.ipynb #c467687c
@@ -156,7 +158,7 @@ def load_model(
     for path in (about, weights):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no model: {path.name} is missing; "
-                                    "give a folder that `pianodiff train` wrote")
+                                    "give the folder of a model, or of a run")
     config, net = _read_config(about)
     try:
         net.load_state_dict(load_file(weights))  # into float32
@@ -169,10 +171,16 @@ def load_model(
     return net.eval().requires_grad_(False).to(device), config
 
 # %% ../nbs/08_model.ipynb #7d42be48
+def model_in(folder: Path) -> Path | None:
+    """The folder itself if it is a model's, a run's `model`, or None."""
+    places = folder, folder / "model"
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
 def find_model(name_or_path: str | os.PathLike = "nano") -> Path:
     """The folder of a model: a shipped name, a folder, or a Hub id ("user/repo").
 
-    A model on the Hub is downloaded.
+    The folder may be a run of `pianodiff train`. A model on the Hub is downloaded.
     Raises FileNotFoundError, with the names that ship, for anything else.
     """
     name = str(name_or_path)
@@ -181,9 +189,9 @@ def find_model(name_or_path: str | os.PathLike = "nano") -> Path:
     if name in shipped:
         return weights / name
     if Path(name).is_dir():
-        return Path(name)
+        return model_in(Path(name)) or Path(name)
     advice = (f"give one that ships ({', '.join(shipped) or 'none does'}), "
-              "a model's folder, or a Hub id (user/repo)")
+              "the folder of a model or run, or a Hub id (user/repo)")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise FileNotFoundError(f"there is no model {name!r}; {advice}")
     from huggingface_hub import snapshot_download  # takes a while to import
@@ -194,3 +202,11 @@ def find_model(name_or_path: str | os.PathLike = "nano") -> Path:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"the model {name!r} is no folder and not on the Hub "
                                 f"({reason}); {advice}") from error
+
+# %% ../nbs/08_model.ipynb #trn00002
+def trainings(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a model's configuration says of its trainings, the last one first."""
+    training = config.get("training")
+    while training:
+        yield training
+        training = training.get("ancestor")

@@ -11,8 +11,7 @@ import torch
 from test_unet import BOTH, C_NOISE, OURS, awake, blocks, network
 from torch import Tensor, nn
 
-import pianodiff.model
-from pianodiff.model import PRESETS, count, find_model, load_model, noise_levels, save_model
+from pianodiff.model import PRESETS, count, find_model, load_model, noise_levels, save_model, trainings
 from pianodiff.unet import Attention, UNet
 
 # presets
@@ -135,11 +134,13 @@ def test_an_interrupted_write_leaves_the_old_model(model, monkeypatch, call, fai
 
 
 def test_a_full_disk_leaves_the_old_model_and_no_more(model, tmp_path, monkeypatch):
-    def full(tensors: dict[str, Tensor], path: Path) -> None:
-        path.write_bytes(b"half")
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> None:
+        write(path, data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pianodiff.model, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     for folder in (model, tmp_path / "new"):
         with pytest.raises(OSError, match="No space"):
             save_model(folder, network(OURS, seed=5), CONFIG)
@@ -160,6 +161,17 @@ def test_what_a_kill_left_does_not_stand_in_the_way(model):
     save_model(model, network(OURS), CONFIG)
     assert listing(model.parent) == ["tiny"]
     assert torch.equal(load_model(model)[0].stem.weight, network(OURS).float().stem.weight.half().float())
+
+
+def test_others_may_read_what_the_umask_lets_them(model):
+    os.umask(umask := os.umask(0))
+    assert {path.stat().st_mode & 0o777 for path in model.iterdir()} == {0o666 & ~umask}
+
+
+def test_trainings_are_told_from_the_last_to_the_first():
+    first, second = {"images": 1, "ancestor": None}, {"images": 2}
+    assert list(trainings({"training": second | {"ancestor": first}})) == [second | {"ancestor": first}, first]
+    assert list(trainings({})) == []
 
 
 def test_no_other_folder_is_replaced(tmp_path, monkeypatch):
@@ -284,6 +296,9 @@ def test_names_of_models(tmp_path, monkeypatch):
     assert find_model("someone/grand-piano") == tmp_path / "hub"
     assert asked == [("someone/grand-piano", ["*.safetensors", "*.json"])]
     assert find_model(tmp_path) == tmp_path  # a folder is never looked for on the Hub
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").touch()
+    assert find_model(tmp_path) == find_model(tmp_path / "model") == tmp_path / "model"  # a run stands for its model
     for missing in ("no-such-model", "/no/such/folder", "./nowhere", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="one that ships"):
             find_model(missing)

@@ -30,13 +30,22 @@ from .files import ahead, single_threaded
 
 # this and what follows, where it was before 0.2
 from .recordings import MIDI_ENDINGS as MIDI_ENDINGS
-from .recordings import SPLITS, Recording, absolute_path, find_soundfont, read_recording, reason, scan_source
+from .recordings import SPLITS as SPLITS
+from pianodiff.recordings import (
+    Recording,
+    absolute_path,
+    find_soundfont,
+    of_splits,
+    read_recording,
+    reason,
+    scan_source,
+)
 from .recordings import find_recordings as find_recordings
 from .recordings import render_midi as render_midi
 
 # its place before 0.2
 from .synth import example_performance as example_performance
-from .terminal import progress_bar
+from .terminal import counted, progress_bar
 
 # %% ../nbs/05_data.ipynb #dat00003
 def _codes(wave: Tensor, cfg: SpectrogramConfig) -> np.ndarray:
@@ -340,18 +349,11 @@ def _choose(
 
     Raises ValueError if there are none.
     """
-    wanted = {splits} if isinstance(splits, str) else set(splits or SPLITS)
-    if unknown := wanted - set(SPLITS):
-        raise ValueError(f"there is no split {', '.join(sorted(unknown))}; choose of "
-                         f"{', '.join(SPLITS)}")
     recordings, listed = scan_source(source)
+    chosen = of_splits(recordings, source, splits)
     if not listed:
-        print(f"{source} has no index in MAESTRO's layout: a hash of the files' names "
-              "splits them", file=sys.stderr)
-    chosen = [r for r in recordings if r.split in wanted]
-    if not chosen:
-        raise ValueError(f"{source} has no recordings of the splits "
-                         f"{', '.join(sorted(wanted))}; choose others")
+        print(f"{counted(len(recordings), 'recording')} and no index: the files' names "
+              "decide the splits", file=sys.stderr)
     return recordings, chosen
 
 

@@ -33,7 +33,7 @@ from .files import cached, in_order
 from .generate import Piano, Sampling
 from .model import find_model
 from .phases import to_wave
-from .recordings import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, read_recording
+from .recordings import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, of_splits, read_recording
 
 # %% ../nbs/13_pieces.ipynb #daa95370
 class Piece(NamedTuple):
@@ -92,8 +92,9 @@ class Pieces(Sequence[Piece]):
     def split(self, blocks: int, seed: int = 0) -> tuple["Pieces", "Pieces"]:
         """A reference, and `blocks` blocks of other titles, which `seed` chooses.
 
-        The others come from up to half of the titles, from one recording of each as
-        long as that suffices. What is left of these titles is on neither side.
+        The others come from one recording of each of a half of the titles, then from
+        these titles' other recordings, and only then from more titles. What is left of
+        a title that is taken is on neither side.
         Raises ValueError if there are too few blocks.
         """
         others = Pieces(_spared(self, blocks, seed), self.cfg)
@@ -208,10 +209,7 @@ def read_pieces(
     Raises FileNotFoundError or ValueError if the source can't be used or holds nothing
     of a block's length.
     """
-    recordings = [r for r in find_recordings(source) if not splits or r.split in splits]
-    if not recordings:
-        raise ValueError(f"{source} has no recordings of the splits "
-                         f"{', '.join(splits)}; choose others")
+    recordings = of_splits(find_recordings(source), source, splits)
     if blocks:
         order = _one_of_each_title_first([r.title for r in recordings], seed)
         recordings = [recordings[i] for i in order]

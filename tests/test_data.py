@@ -107,7 +107,7 @@ def test_a_plain_folder_is_split_by_file(tmp_path, capsys):
     (tmp_path / "music/list.json").write_text("[1, 2]")
     report = prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
     assert (report["recordings"], report["skipped"]) == (11, {})
-    assert "music has no index in MAESTRO's layout: a hash of the files' names splits them\n" in capsys.readouterr().err
+    assert "11 recordings and no index: the files' names decide the splits\n" in capsys.readouterr().err
     counts = {split: len(open_store(tmp_path / "store").of(split)) for split in SPLITS}
     assert counts == {"train": 9, "validation": 1, "test": 1}
     moved = shutil.copytree(tmp_path / "music/deeper", tmp_path / "moved/elsewhere").parent
@@ -370,7 +370,7 @@ def test_sources_that_cannot_be_used(music, tmp_path):
         (tmp_path / "gone.zip", FileNotFoundError, "gone.zip does not exist"),
         ("nowhere://at/all", ValueError, "nowhere://at/all can't be opened .*not known"),
         (tmp_path / "empty", ValueError, "no index in MAESTRO's layout and no sound file"),
-        (music / "maestro-v9.csv", ValueError, "no index in MAESTRO's layout and no sound file"),
+        (music / "maestro-v9.csv", ValueError, "maestro-v9.csv is one file; give the folder that it lies in"),
     ]:
         with pytest.raises(error, match=message):
             prepare(source, tmp_path / "store", CFG, jobs=1)

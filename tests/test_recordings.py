@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import zarr
 
+import pianodiff
 from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import open_store, prepare
 from pianodiff.recordings import SPLITS, find_recordings, find_soundfont, render_midi
@@ -151,6 +153,19 @@ def test_an_index_that_cannot_be_used_is_not_passed_over(name, text, reason, tmp
     with pytest.raises(ValueError, match=rf"the index {name} can't be used \(.*{reason}.*\); mend or remove it"):
         prepare(music, tmp_path / "store", CFG, jobs=1)
     assert not (tmp_path / "store").exists()
+
+
+def test_the_settings_of_a_model_are_no_index(tmp_path):
+    """They name a split, too; and a run lies beside its samples."""
+    shutil.copy(Path(pianodiff.__file__).parent / "weights/nano/config.json", tmp_path)
+    save_audio(tmp_path / "a.wav", sound(0, 0.2))
+    assert [r.path for r in find_recordings(tmp_path)] == ["a.wav"]
+
+
+def test_one_file_is_no_folder(tmp_path):
+    save_audio(tmp_path / "a.wav", sound(0, 0.2))
+    with pytest.raises(ValueError, match=r"a\.wav is one file; give the folder that it lies in, or a zip file"):
+        find_recordings(tmp_path / "a.wav")
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -32,10 +32,11 @@ from .distance import distance_section, farther, load_embedding
 from .files import plain, write_whole
 from .generate import Piano, Sampling
 from .joins import JOIN_MEASURES, joins_section
+from .model import model_in
 from .music import STATISTICS, drift_section, music_section
 from .novelty import novelty_section
 from .pieces import Comparison, Pieces, Section, by_decades, in_style, make_pieces, new_axes, read_pieces
-from .recordings import find_recordings
+from .recordings import find_recordings, of_splits
 
 # %% ../nbs/18_evaluate.ipynb #6488d84d
 def training_curves(log: str | os.PathLike) -> tuple[Tensor, dict[str, Tensor]]:
@@ -164,8 +165,7 @@ _LEAST = 4  # blocks, without which there are no intervals
 def _is_sound(generated: str | os.PathLike) -> bool:
     """Whether it is a folder, a zip or an address of sound files, not a model."""
     path = Path(generated)
-    model = (path / "config.json").is_file()
-    return "://" in str(generated) or (path.exists() and not model)
+    return "://" in str(generated) or (path.exists() and not model_in(path))
 
 
 def _settings_of(
@@ -270,7 +270,7 @@ def evaluate(
     sampling = Sampling(sampler, steps, guidance, guidance_interval)
     cfg, levels = _settings_of(generated, training)
     loaded = [load_embedding(name) for name in embeddings]
-    find_recordings(reference)  # raises before the work begins
+    of_splits(find_recordings(reference), reference, splits)  # raises before the work
     made = make_pieces(
         generated, home / "pieces", pieces=pieces, seconds=seconds, sampling=sampling,
         seed=seed, least=_LEAST) if model else _sound(generated, cfg)

@@ -287,7 +287,7 @@ def test_bad_points_are_refused_in_one_line(call, words):
 def test_few_clips_are_warned_of_and_shrinkage_named():
     few, many = Moments.of(normal(10, 12)), Moments.of(normal(100, 12))
     for pair in ((few, many), (many, few)):
-        with pytest.warns(UserWarning, match=r"10 clips in 12 dimensions.*shrunk"):
+        with pytest.warns(UserWarning, match=r"10 clips in 12 dimensions.*shrink"):
             frechet_distance(*pair)
     with pytest.warns(UserWarning, match="8 clips in 12"):
         frechet_infinity(normal(16, 12), many)

@@ -122,12 +122,16 @@ def test_a_store_of_other_spectrograms_is_refused(music, tmp_path):
     (["made", "real", "--embeddings"], "an embedding be named; not 2000, 0, 0 and none"),
     (["made", "real", "--blocks", "0"], "--blocks must be at least 1"),
     (["nano", "real", "--transpose", "-1"], "transpose and seed at least 0"),
-    (["made", "real", "--splits", "best"], "no recordings of the splits best"),
+    (["made", "real", "--splits", "best"], "there is no split best; choose of train, validation, test"),
+    (["nano", "real", "--splits", "best", "--pieces", "100000"], "there is no split best"),  # before they are made
+    (["made", "real", "--out", "old.html"], "old.html exists; give another name, or --force to replace it"),
+    (["made", "made/take 40.flac"], "is one file; give the folder"),
     (["made", "real", "--blocks", "3"], "too few blocks"),
     (["made", "real", "--training", "nowhere", "--blocks", "40"], "nowhere is not a spectrogram store"),
 ])
 def test_bad_input_is_told_in_one_line(music, tmp_path, monkeypatch, capsys, arguments, words):
     (music / "empty").mkdir(exist_ok=True)
+    (music / "old.html").touch()
     monkeypatch.chdir(music)
     before = sorted(music.rglob("*"))
     assert main(["evaluate", *arguments]) == 2

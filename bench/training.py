@@ -34,10 +34,7 @@ def steps(config: UNetConfig, device: str, batch_size: int, num_steps: int, comp
 
     way = Way("bf16" if native_bf16(y.device) else "no")
     if device == "cpu":
-        ways = ways_to_try(compiled)
-        for way in ways if compiled else ():
-            gradient(way)  # what is compiled now won't be timed
-        way = fastest(lambda way: seconds(partial(gradient, way)), ways)
+        way = fastest(lambda way: seconds(partial(gradient, way)), ways_to_try(compiled), compiled=compiled)
 
     def work() -> None:
         for _ in range(num_steps):

@@ -59,7 +59,7 @@ class TrainConfig:
     snapshot_images: int = 100_000  # images between samples, in RUN/samples
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: whichever is faster
     compile: bool = False  # torch.compile the network: minutes at first, faster after
-    in_memory: bool = True  # hold the training split in memory: 0.06 GB an hour
+    in_memory: bool = True  # whether memory holds the training split: 0.06 GB an hour
     workers: int = 2  # threads that read blocks ahead
 
     def __post_init__(self) -> None:
@@ -192,7 +192,7 @@ def draw_batch(
     """The training blocks of process `rank` of `world` at `step`.
 
     {"spec", "prev": `[b, 1, F, W]`, "has_prev": `[b]`}; `spec` and `prev` are uint8, as
-    they are stored: they take a quarter of the way to a GPU, and become numbers there.
+    they are stored: a GPU gets a quarter of the bytes, and `standardise` scales them.
     A pure function of the seed, the step and the process. The first `count` blocks of
     the data set come in a new order each epoch, each once, at a random offset.
     `has_prev` is False where there is no predecessor, and where condition dropout
@@ -346,15 +346,18 @@ def ways_to_try(compiled: bool) -> list[Way]:
 
 
 def fastest(
-    seconds: Callable[[Way], float], ways: Sequence[Way] = WAYS, rounds: int = 2
+    seconds: Callable[[Way], float], ways: Sequence[Way] = WAYS, rounds: int = 2,
+    compiled: bool = False,
 ) -> Way:
     """The way in which a step takes least; the first, unless one takes 5 % less.
 
     `seconds(way)` takes a step and tells how long it took. The first step of each way
     prepares kernels and memory, and only serves to exclude: where it takes more than
     twice as long as the first way, its precision is emulated and not tried further.
-    What is compiled at the first step has to be compiled before.
+    Where the network is `compiled`, each way takes one step more, which compiles it.
     """
+    for way in ways if compiled else ():
+        seconds(way)
     seconds(ways[0])  # whatever comes first takes longer
     usual = seconds(ways[0])
     least, slow = {ways[0]: usual}, set[str]()  # the latter are precisions

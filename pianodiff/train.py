@@ -33,7 +33,7 @@ from tqdm import tqdm
 from .data import BlockDataset, Store
 from .files import ahead, seed_of, whole_file
 from .recipe import EVAL_SIGMAS, PowerEMA, TrainConfig, adamw, draw_batch
-from .terminal import progress_bar
+from .terminal import counted, lasting, progress_bar
 from .unet import UNet
 
 # %% ../nbs/10_train.ipynb #c31bc6ec
@@ -408,8 +408,7 @@ class TrainLog:
 # %% ../nbs/10_train.ipynb #49ccc264
 def _pace(rate: float, images: int, total: int) -> str:
     """How long a run will take at `rate` blocks a second."""
-    hours = (total - images) / rate / 3600
-    left = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    left = lasting((total - images) / rate)
     return (f"{rate:.3g} blocks a second: {left} are left for {total:,} blocks; "
             "--images N asks for fewer")
 
@@ -477,10 +476,9 @@ def _try_ways(run: _Run) -> Way:
             return time.perf_counter() - begin
 
         if run.config.compile:
+            _tell("compiles the network, which takes minutes")
             net.compile()  # the run's own network will use what is compiled here
-            for way in ways:
-                seconds(way)
-        found = [fastest(seconds, ways)]
+        found = [fastest(seconds, ways, compiled=run.config.compile)]
         precision = "float32" if found[0].precision == "no" else "bfloat16"
         _tell(f"a trial of {len(ways)} ways to compute chose {precision} and the "
               f"{found[0].attention} kernel of attention")
@@ -563,10 +561,11 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
             if saving:
                 _save(run)
                 saved = time.monotonic()
-            if stopping and run.main:
-                _tell(f"stopped after {run.images:,} blocks; "
-                      "the same command goes on from there")
             if stopping:
+                progress.close()  # the last words stand below the bar
+                if run.main:
+                    _tell(f"stopped after {counted(run.images, 'block')}; "
+                          "the same command goes on from there")
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
             if on_snapshot and run.main and snapshot:
                 on_snapshot(run.folder / "model", run.images)
@@ -591,6 +590,10 @@ def _check_run(run: Path, store: str | os.PathLike) -> None:
         raise ValueError(f"{run / 'samples'} is a file, where a run's samples belong; "
                          "move it away")
     check_replaceable(run / "model")
+    kept = {"checkpoint.safetensors", "log.csv", "model", ".lock"}
+    names = {path.name for path in run.iterdir()} if run.is_dir() else set()
+    if names.isdisjoint(kept) and any(not name.startswith(".") for name in names):
+        raise ValueError(f"{run} holds other files than a run's; give a new folder")
 
 
 @contextmanager
@@ -620,18 +623,30 @@ def _disk_full_told(run: Path) -> Iterator[None]:
                       ) from error
 
 # %% ../nbs/10_train.ipynb #44d0bee6
+def _tell_of_start(run: _Run) -> None:
+    """Say where it goes on from, and if it is too short for its learning rate."""
+    config = run.config
+    if run.images:
+        _tell(f"goes on from {run.checkpoint}, after {run.images:,} of "
+              f"{config.images:,} blocks")
+    if config.warmup_images > config.images * (1 - config.decay_fraction):
+        _tell(f"{counted(config.images, 'block')} are too few for a warm-up of "
+              f"{config.warmup_images:,}: the learning rate stays below {config.lr:g}; "
+              "ask for more, or for a shorter warm-up (--warmup-images)")
+
+
 def _tell_of_splits(run: _Run) -> None:
     """Say where a store has no validation split, or keeps most of its music back."""
     url, splits = run.data.info.url, [r["split"] for r in run.data.info.recordings]
     if run.held.split == "train":
         held = len(run.data) - run.held.training_blocks
         _tell(f"{url} has no validation split; "
-              f"its last {held} training blocks serve as one")
+              f"its last {counted(held, 'training block')} will do instead")
     if splits.count("train") == 1 < len(splits):
         _tell(f"{url} has one recording to train on, beside {len(splits) - 1} for "
               "validation and test; prepare more recordings")
 
-
+# %% ../nbs/10_train.ipynb #trn10002
 def train(
     store: str | os.PathLike,
     run: str | os.PathLike,
@@ -671,9 +686,8 @@ def train(
                          "choose another") from error
     with _disk_full_told(folder), _alone(folder) if this.main else nullcontext():
         if this.state.facts.step < config.steps:
-            if this.main and this.images:
-                _tell(f"goes on from {this.checkpoint}, after {this.images:,} of "
-                      f"{config.images:,} blocks")
+            if this.main:
+                _tell_of_start(this)
             _choose_way(this)
             _loop(this, on_snapshot)
         elif not (folder / "model").exists():

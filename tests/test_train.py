@@ -23,7 +23,7 @@ from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import BlockDataset, prepare
 from pianodiff.model import load_model, noise_levels
 from pianodiff.recipe import EVAL_SIGMAS, WAYS, TrainConfig, Way, learning_rate
-from pianodiff.train import _Progress, load_checkpoint, save_checkpoint, train
+from pianodiff.train import _Progress, _tell_of_start, load_checkpoint, save_checkpoint, train
 from pianodiff.unet import UNetConfig
 
 SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)
@@ -299,6 +299,26 @@ def test_no_run_lies_in_its_store(store):
     assert sorted(store.rglob("*")) == before
 
 
+def test_a_folder_of_other_things_is_no_run(store, tmp_path):
+    (tmp_path / "thesis.tex").write_text("Chapter 1")
+    with pytest.raises(ValueError, match="holds other files than a run's; give a new folder"):
+        train(store, tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").rename(tmp_path / ".thesis.tex")
+    train(store, tmp_path, replace(CONFIG, images=4))  # hidden files are nobody's thesis
+
+
+@pytest.mark.parametrize("images, warmup, told", [(96, 68, 1), (96, 67, 0), (4, 8, 1)])
+def test_a_run_that_never_leaves_its_warm_up_says_so(capfd, images, warmup, told):
+    """The rate falls over the last 30 %: where the warm-up reaches into that, the full rate is never reached."""
+    config = replace(CONFIG, images=images, warmup_images=warmup)
+    assert (max(learning_rate(config, x / 10) for x in range(10 * images)) < config.lr) == told
+    _tell_of_start(SimpleNamespace(config=config, images=0))
+    words = (f"{images} blocks are too few for a warm-up of {warmup}: the learning rate stays below 0.003; "
+             "ask for more, or for a shorter warm-up (--warmup-images)\n")
+    assert capfd.readouterr().err == words * told
+
+
 def test_one_process_trains_in_a_folder(store, whole, tmp_path):
     def another(model, images):
         with pytest.raises(ValueError, match="another process trains in .*; wait for it or use another folder"):
@@ -313,7 +333,7 @@ def test_fine_tuning_starts_from_a_model_and_keeps_its_scale(store, whole, tmp_p
     prepare(chords(tmp_path / "wav", 1), other, SPECTROGRAM, jobs=1)
     still = replace(CONFIG, images=4, lr=1e-9, snapshot_images=4)
     model = train(other, tmp_path / "run", still, init=whole / "model")
-    assert re.search("store has no validation split; .* serve as one$", capsys.readouterr().err, re.M)
+    assert re.search("store has no validation split; .* will do instead$", capsys.readouterr().err, re.M)
     (net, config), (old, old_config) = load_model(model), load_model(whole / "model")
     assert (config["mean"], config["std"]) == (old_config["mean"], old_config["std"])
     assert config["mean"] != BlockDataset(other, "train", random_offset=False).info.mean
@@ -371,7 +391,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, way: Way) -> list[Way]:
     """Let every trial choose `way`, after a step in each; the list gets the ways that were tried."""
     tried: list[Way] = []
 
-    def fastest(seconds, ways):
+    def fastest(seconds, ways, compiled):
         tried.extend(way for way in ways if seconds(way) > 0)
         return way
 

@@ -511,6 +511,8 @@ def _placed(net: UNet, device: Device) -> tuple[UNet, torch.device]:
         net = net.eval().requires_grad_(False).to(place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):  # a list of twenty
+            reason = "PyTorch knows cpu, cuda, mps and some others"
         raise ValueError(f"the device {str(device)!r} can't be used ({reason}); "
                          "'cpu' always can") from error
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

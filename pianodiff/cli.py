@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial, wraps
@@ -26,7 +26,7 @@ except KeyboardInterrupt:  # it takes half a second
     sys.exit(130)
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, __version__
-from .terminal import interruptible, printed, progress_bar, speakers, wav_pipe
+from .terminal import counted, interruptible, lasting, printed, progress_bar, speakers, wav_pipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,16 +35,17 @@ if TYPE_CHECKING:
     from pianodiff.generate import Piano, Progress
 
 # %% ../nbs/19_cli.ipynb #e254f31f
-def _rows(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested facts as rows of a name and a text."""
+def _rows(facts: dict[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
+    """Facts as rows of a name and a text; those of a part are indented below it."""
+    forms = {float: ".4g", int: ","}
     for key, value in facts.items():
         if isinstance(value, dict):
-            yield from _rows(value, f"{prefix}{key}.")
+            yield indent + key, ""
+            yield from _rows(value, indent + "  ")
         elif isinstance(value, list):
-            yield prefix + key, ", ".join(str(item) or "-" for item in value)
+            yield indent + key, ", ".join(str(item) or "-" for item in value)
         else:
-            forms = {float: ".4g", int: ","}
-            yield prefix + key, format(value, forms.get(type(value), ""))
+            yield indent + key, format(value, forms.get(type(value), ""))
 
 
 def _print_rows(facts: dict[str, Any]) -> None:
@@ -52,35 +53,27 @@ def _print_rows(facts: dict[str, Any]) -> None:
     rows = list(_rows(facts))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print(f"{name:<{width}}  {text}")
-
-
-def _trainings(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What is known of a model's trainings, the last one first."""
-    training = config.get("training")
-    while training:
-        yield training
-        training = training.get("ancestor")
+        print(f"{name:<{width}}  {text}".rstrip())
 
 # %% ../nbs/19_cli.ipynb #e254f320
 def _in_short(piano: "Piano", folder: Path) -> dict[str, Any]:
     """A model in a dozen rows; what its configuration doesn't say is left out."""
+    from pianodiff.model import trainings
+
     config, cfg = piano.config, piano.cfg
     size = (folder / "model.safetensors").stat().st_size / 1e6
-    facts = {"model": config.get("name", folder.name),
-             "network": f"{sum(p.numel() for p in piano.net.parameters()):,} "
-             f"parameters, {size:.1f} MB",
+    facts = {"network": f"{config.get('name', 'custom')}, {size:.1f} MB, "
+             f"{sum(p.numel() for p in piano.net.parameters()):,} parameters",
              "block": f"{cfg.n_bins} x {cfg.n_frames}, {cfg.block_seconds:g} s at "
              f"{cfg.sample_rate:,} Hz"} | piano.noise_levels
-    last, *before = [*_trainings(config)] or [{}]
+    last, *before = [*trainings(config)] or [{}]
     if hours := last.get("hours"):
-        parts = ", ".join(f"{split} {time:.3g} h" for split, time in hours.items())
-        facts["data"] = f"{last['data']}: {parts}"
+        facts["data"] = f"{last['data']}: {_by_split(hours)}"
     for name, runs in (("trained", [last]), ("before that", before)):
         if blocks := sum(run.get("images", 0) for run in runs):
-            minutes = sum(run.get("seconds", 0) for run in runs) / 60
+            seconds = sum(run.get("seconds", 0) for run in runs)
             devices = dict.fromkeys(run.get("device", "cpu") for run in runs)
-            facts[name] = (f"{blocks:,} blocks in {minutes:,.0f} minutes, "
+            facts[name] = (f"{counted(blocks, 'block')} in {lasting(seconds)}, "
                            f"{' and '.join(devices)}")
     losses = last.get("validation", {}).get("loss", {})
     if shown := [f"{losses[s]:.3f} at {s}" for s in ("0.1", "1", "10") if s in losses]:
@@ -90,20 +83,27 @@ def _in_short(piano: "Piano", folder: Path) -> dict[str, Any]:
     card = folder / "README.md"
     return facts | ({"card": str(card)} if card.is_file() else {})
 
+
+def _by_split(hours: dict[str, float]) -> str:
+    """How much music each split has."""
+    return ", ".join(f"{split} {lasting(3600 * time)}" for split, time in hours.items())
+
 # %% ../nbs/19_cli.ipynb #inf00002
 def _of_sound(path: Path) -> dict[str, Any]:
     """What a sound file is, and the command that makes it again."""
-    import soundfile
+    from pianodiff.audio import sound_facts
 
-    from pianodiff.audio import comment_of
-
-    comment = comment_of(path)
-    about = soundfile.info(path)
-    facts = {"sound": f"{about.duration:.2f} s at {about.samplerate:,} Hz",
-             "format": f"{about.format}, {about.subtype_info}"}
-    if made := re.fullmatch(r"(pianodiff [^\s:]+): (pianodiff .*)", comment):
-        return facts | {"made by": made[1], "again": made[2]}
-    return facts | {"made by": "its tags don't tell"}
+    about = sound_facts(path)
+    facts = {"sound": f"{about.seconds:.2f} s at {about.sample_rate:,} Hz",
+             "format": about.format}
+    made = re.fullmatch(r"(pianodiff [^\s:]+): (pianodiff .*)", about.comment)
+    if not made:
+        return facts | {"made by": "its tags don't tell"}
+    facts |= {"made by": made[1], "again": made[2]}
+    asked = re.match(r"pianodiff generate --seconds (\S+)", made[2])
+    if asked and float(asked[1]) > about.seconds + 0.01:
+        facts["interrupted"] = f"the command makes {asked[1]} s"
+    return facts
 
 
 def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /, *,
@@ -111,10 +111,13 @@ def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /, *,
     """Tell what a model is: size, data, training, licence; or how a sound was made.
 
     Args:
-        model: nano, base, a model's folder, a Hub id (user/repo), or a sound file
+        model: nano, base, the folder of a model or run, a Hub id (user/repo), or a
+            sound file
         all: print the whole configuration, and that of all earlier trainings
     """
-    if Path(model).is_file():
+    from pianodiff.audio import AUDIO_FORMATS
+
+    if Path(model).is_file() or Path(model).suffix.lower() in AUDIO_FORMATS:
         _print_rows(_of_sound(Path(model)))
         return
     from pianodiff.generate import Piano
@@ -122,12 +125,18 @@ def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /, *,
 
     folder = find_model(model)
     piano = Piano.from_pretrained(folder, device="cpu")
-    _print_rows(_in_short(piano, folder) | (piano.config if all else {}))
+    facts = {"model": model} | _in_short(piano, folder)
+    _print_rows(facts | (piano.config if all else {}))
 
 # %% ../nbs/19_cli.ipynb #14c6dfae
-def _short(letter: str) -> Any:
+def _short(letter: str, metavar: str | None = None) -> Any:
     """A flag's one letter."""
-    return tyro.conf.arg(aliases=(letter,))
+    return tyro.conf.arg(aliases=(letter,), metavar=metavar)
+
+
+# flags that may be left out; without a name, tyro's help says {None}|INT
+_Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
+_File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class Request:
     Attributes:
         seconds: length of the new music
         seed: the same seed gives the same music; drawn and printed if none is given
-        model: nano, base, a model's folder, or a Hub id (user/repo)
+        model: nano, base, the folder of a model or run, or a Hub id (user/repo)
         steps: sampling steps a block: fewer are faster; beyond the default little is
             gained
         sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
@@ -151,14 +160,14 @@ class Request:
     """
 
     seconds: Annotated[float, _short("-s")] = 20.0
-    seed: int | None = None
+    seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     model: Annotated[str, _short("-m")] = "nano"
     steps: Annotated[int, _short("-n")] = NUM_STEPS
     sampler: str = SAMPLER
     guidance: Annotated[float, _short("-g")] = GUIDANCE
     guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL
-    device: str | None = None
-    image: Annotated[Path | None, _short("-i")] = None
+    device: _Text = None
+    image: Annotated[Path | None, _short("-i", "PATH")] = None
     play: Annotated[bool, _short("-p")] = False
     force: Annotated[bool, _short("-f")] = False
 
@@ -321,6 +330,18 @@ def _draw(wave: "Tensor", cfg: "SpectrogramConfig", title: str) -> bytes:
     return data.getvalue()
 
 # %% ../nbs/19_cli.ipynb #41f35252
+@contextmanager
+def _named(prompt: Path | None) -> Iterator[None]:
+    """Lets an error about the prompt say which file it is."""
+    try:
+        yield
+    except ValueError as error:
+        if prompt is None:
+            raise
+        text = re.sub("^the (prompt|sound|wave)", lambda _: str(prompt), str(error))
+        raise ValueError(text) from error
+
+
 def _make(request: Request, out: Path, prompt: Path | None) -> None:
     """Make music, from nothing or on from a file, and hand it on while it is made."""
     import secrets
@@ -338,12 +359,13 @@ def _make(request: Request, out: Path, prompt: Path | None) -> None:
     rate = piano.cfg.sample_rate
     before = torch.zeros(0) if prompt is None else load_audio(prompt, rate)
     with _sampling_bar() as callback:
-        stream = piano.stream(request.seconds, seed=seed,
-                              prompt=None if prompt is None else before,
-                              sampler=request.sampler, num_steps=request.steps,
-                              guidance=request.guidance,
-                              guidance_interval=request.guidance_interval,
-                              callback=callback)
+        with _named(prompt):
+            stream = piano.stream(request.seconds, seed=seed,
+                                  prompt=None if prompt is None else before,
+                                  sampler=request.sampler, num_steps=request.steps,
+                                  guidance=request.guidance,
+                                  guidance_interval=request.guidance_interval,
+                                  callback=callback)
         made = _hand_on(stream, before, out, rate, request.play, comment)
     if made.samples:
         if request.image:
@@ -364,9 +386,8 @@ _Store = Annotated[str, tyro.conf.arg(metavar="STORE")]
 
 def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Store, /,
             *, preset: str = "nano", splits: tuple[str, ...] = (),
-            jobs: Annotated[int | None, _short("-j")] = None,
-            soundfont: Path | None = None,
-            cluster: str | None = None) -> None:
+            jobs: Annotated[int | None, _short("-j", "INT")] = None,
+            soundfont: _File = None, cluster: _Text = None) -> None:
     """Turn recordings into a store to train on; run again, it goes on where it stopped.
 
     Args:
@@ -389,11 +410,11 @@ def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Sto
                            jobs=jobs, soundfont=soundfont, cluster=cluster)
     for path, reason in report["skipped"].items():
         print(f"skipped {path}: {reason}", file=sys.stderr)
-    hours = ", ".join(f"{split} {h:.3g} h" for split, h in report["hours"].items())
-    minutes = (time.perf_counter() - begin) / 60
-    print(f"{store}: {report['recordings']} recordings ({hours}), {report['new']} of "
-          f"them new, {report['bytes'] / 1e6:,.1f} MB, in {minutes:.1f} minutes; "
-          f"skipped: {len(report['skipped'])}")
+    took = lasting(time.perf_counter() - begin)
+    print(f"{store}: {counted(report['recordings'], 'recording')} "
+          f"({_by_split(report['hours'])}), {report['new']} new, "
+          f"{report['bytes'] / 1e6:,.1f} MB, in {took}; skipped: "
+          f"{len(report['skipped'])}")
 
 # %% ../nbs/19_cli.ipynb #b5c1df68
 def _train_config() -> Any:
@@ -406,7 +427,7 @@ _Config = Annotated[Any, tyro.conf.arg(name="", constructor_factory=_train_confi
 
 
 def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
-          config: _Config, *, init: str | None = None) -> None:
+          config: _Config, *, init: _Text = None) -> None:
     """Train a model; with the same RUN again, go on from its last checkpoint.
 
     Args:
@@ -418,12 +439,11 @@ def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
     from pianodiff.model import find_model
     from pianodiff.train import train as train_model
 
-    begin = time.perf_counter()
     model = train_model(store, run, config, on_snapshot=snapshot,
                         init=None if init is None else find_model(init))
-    seen = json.loads((model / "config.json").read_text())["training"]["images"]
-    print(f"{model}: trained on {seen:,} blocks, "
-          f"{(time.perf_counter() - begin) / 60:.1f} minutes this time")
+    training = json.loads((model / "config.json").read_text())["training"]
+    print(f"{model}: trained on {counted(training['images'], 'block')} in "
+          f"{lasting(training['seconds'])}")
 
 # %% ../nbs/19_cli.ipynb #2ea28048
 def snapshot(model: Path, images: int) -> None:
@@ -447,15 +467,16 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
              steps: int = NUM_STEPS, sampler: str = SAMPLER,
              guidance: float = GUIDANCE,
              guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
-             training: str | None = None, transpose: int = 0,
+             training: _Text = None, transpose: int = 0,
              embeddings: tuple[str, ...] = ("logmel",), splits: tuple[str, ...] = (),
-             blocks: int = 2000, seed: int = 0, cache: Path | None = None,
-             soundfont: Path | None = None) -> None:
+             blocks: int = 2000, seed: int = 0, cache: _File = None,
+             soundfont: _File = None,
+             force: Annotated[bool, _short("-f")] = False) -> None:
     """Measure generated music against real: distances, notes, joins, drift, copies.
 
     Args:
-        generated: a model (a shipped name, a folder, or a Hub id); or a folder of sound
-            files, each begun with a block
+        generated: a model (a shipped name, a folder or run, or a Hub id); or a folder
+            of sound files in which a block begins with the file
         reference: real music that the model was not trained on: whatever `prepare`
             takes
         out: the page to write (.html); the same figures go into a .json beside it
@@ -474,8 +495,9 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
         seed: of what is drawn; the same seed gives the same figures
         cache: a folder for what takes long; one beside the page by default
         soundfont: a piano for MIDI files without a recording
+        force: replace a report that exists
     """
-    _check_output(out, (".html",))
+    _check_output(out, (".html",), force=force)
     from pianodiff.evaluate import evaluate as evaluate_music
 
     results = evaluate_music(generated, reference, out, pieces=pieces, seconds=seconds,
@@ -502,47 +524,87 @@ def _print_results(results: dict[str, Any], out: Path) -> None:
           f"{evaluating:.0f} s" +
           (f" after {making:.0f} s of generation" if making else ""))
 
+# %% ../nbs/19_cli.ipynb #cli00009
+_REASONS = {  # what tyro says, and what the command says instead
+    r"Error parsing (?:-./)?(\S+): .*?(?:int\(\)|INT could).*?'(.*?)'.*":
+        r"\1 takes a whole number, not \2",
+    r"Error parsing (?:-./)?(\S+): could not convert string to float: '(.*?)'.*":
+        r"\1 takes a number, not \2",
+    r"Error parsing (?:-./)?(\S+): Could not parse arguments \[(.*)\] into .*":
+        r"\1 takes numbers, not \2",
+    r"invalid choice '(.*?)' for argument '(?:-./)?(\S+)'\. Expected one of \((.*)\)":
+        r"\2 takes one of \3, not \1",
+    r"Missing value for argument '(?:-./)?(\S+)'\. Expected 1 values":
+        r"\1 needs a value",
+    r"Missing value for argument '(?:-./)?(\S+)'\. Expected (\d+) values":
+        r"\1 needs \2 values",
+    r"Missing from pianodiff \w+: (\S+) .*": r"\1 is missing",
+    r"Unrecognized.*? options: (-[^\s,]+).*": r"there is no option \1",
+    r"Unrecognized.*? options: (.*)": r"there is no place for \1",
+}
+
+
+def _reason_in(box: str) -> tuple[str, str]:
+    """Why tyro could not parse a line, and the option that is unknown, if one is."""
+    text = re.sub(r"\x1b\[[\d;]*m|[╭╮│╰╯]", "", box)
+    *_, inside = re.split("[-─]{3,}", text)[:2]
+    inside = " ".join(inside.split()).rstrip(".")
+    inside = re.sub(r" \(applied to .*?\)| Arguments are applied .*", "", inside)
+    found = [(said, ours) for said, ours in _REASONS.items() if re.match(said, inside)]
+    for said, ours in found[:1]:
+        inside = re.sub(said, ours, inside)
+    unknown = re.fullmatch(r"there is no option (.*)", inside)
+    return inside, unknown[1] if unknown else ""
+
 # %% ../nbs/19_cli.ipynb #5189390b
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": generate, "continue": continue_, "prepare": prepare, "train": train,
+    "evaluate": evaluate, "info": info}
+
+
 def _parse(args: Sequence[str]) -> Callable[[], None]:
     """The command that a line asks for, bound to its arguments.
 
     Raises ValueError for a line that can't be understood.
     """
-    commands: dict[str, Callable[..., Any]] = {
-        "generate": generate, "continue": continue_, "prepare": prepare, "train": train,
-        "evaluate": evaluate, "info": info}
-
-    def later(command: Callable[..., Any]) -> Callable[..., Any]:
-        return wraps(command)(lambda *args, **flags: partial(command, *args, **flags))
-
-    if args and not args[0].startswith("-") and args[0] not in commands:
-        near = get_close_matches(args[0], commands, 1)
+    if args and not args[0].startswith("-") and args[0] not in _COMMANDS:
+        near = get_close_matches(args[0], _COMMANDS, 1)
         meant = f"did you mean {near[0]!r}? see" if near else "see"
         raise ValueError(f"there is no command {args[0]!r}; {meant} pianodiff --help")
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            about = (f"Piano music from a diffusion model. This is pianodiff "
-                     f"{__version__}, as --version says, too.")
-            return tyro.extras.subcommand_cli_from_dict(
-                {name: later(command) for name, command in commands.items()},
-                prog="pianodiff", description=about, args=args,
-                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff))
+            return _bound(args)
     except SystemExit as stop:
         if not stop.code:
             raise  # after --help
-        command = f"{args[0]} " if args and args[0] in commands else ""
-        reason = _reason_in(box.getvalue())
-        raise ValueError(f"{reason} see pianodiff {command}--help") from None
+        command = [*args[:1]] if args and args[0] in _COMMANDS else []
+        reason, word = _reason_in(box.getvalue())
+        near = get_close_matches(word, _flags(command), 1, 0.7) if word else []
+        meant = f"; did you mean {near[0]}? see" if near else "; see"
+        shown = " ".join(["pianodiff", *command, "--help"])
+        raise ValueError(f"{reason}{meant} {shown}") from None
 
 
-def _reason_in(box: str) -> str:
-    """What tyro's box says first, and its first guess, without colours and sides."""
-    text = re.sub(r"\x1b\[[\d;]*m|[╭╮│╰╯]", "", box)
-    *_, reason = re.split("[-─]{3,}", text)[:2]
-    guess = re.search(r"Perhaps you meant:.*?(--[\w-]+)", text, re.DOTALL)
-    meant = f"; did you mean {guess[1]}?" if guess else ";"
-    return " ".join(reason.split()).rstrip(".") + meant
+def _bound(args: Sequence[str]) -> Callable[[], None]:
+    """What tyro makes of a line: a function without parameters."""
+    def later(command: Callable[..., Any]) -> Callable[..., Any]:
+        return wraps(command)(lambda *args, **flags: partial(command, *args, **flags))
+
+    about = (f"Piano music from a diffusion model. This is pianodiff {__version__}, as "
+             "--version says, too.")
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: later(command) for name, command in _COMMANDS.items()},
+        prog="pianodiff", description=about, args=args,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff))
+
+
+def _flags(command: list[str]) -> list[str]:
+    """The options of a command, as its help names them."""
+    page = io.StringIO()
+    with suppress(SystemExit), redirect_stdout(page):
+        _bound([*command, "--help"])
+    return re.findall(r"--[\w-]+", page.getvalue())
 
 # %% ../nbs/19_cli.ipynb #cli00007
 def main(args: Sequence[str] | None = None) -> int:
@@ -558,7 +620,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with interruptible(), printed():
-            if args == ["--version"]:
+            if args[:1] == ["--version"]:
                 print(f"pianodiff {__version__}")
             else:
                 _parse(args)()

@@ -25,7 +25,7 @@ from test_generate import LARGE, tiny_piano
 
 import pianodiff.cli
 import pianodiff.terminal
-from pianodiff.audio import SPECTROGRAMS, load_audio, save_audio
+from pianodiff.audio import SPECTROGRAMS, load_audio, save_audio, sound_facts, sound_file
 from pianodiff.cli import main
 from pianodiff.generate import Piano
 from pianodiff.synth import example_performance
@@ -131,6 +131,27 @@ def test_a_continuation_tells_its_prompt(model, capsys):
 def test_info_of_what_is_no_sound(model, capsys):
     Path("notes.wav").write_text("crotchet")
     assert "notes.wav can't be read as sound" in refused(capsys, main(["info", "notes.wav"]))
+    assert "missing.wav is not a file; give the path" in refused(capsys, main(["info", "missing.wav"]))
+
+
+def test_info_says_that_a_sound_is_shorter_than_its_command(model, capsys):
+    assert make(model, "--out", "whole.wav") == 0
+    comment = sound_facts("whole.wav").comment
+    with sound_file(Path("half.wav"), 8000, comment) as write:
+        write(load_audio("whole.wav")[:1000])
+    capsys.readouterr()
+    assert main(["info", "whole.wav"]) == 0 and "interrupted" not in capsys.readouterr().out
+    assert main(["info", "half.wav"]) == 0
+    assert re.search(r"^interrupted +the command makes 0.25 s$", capsys.readouterr().out, re.M)
+
+
+def test_a_run_stands_for_its_model(model, capsys, tmp_path):
+    """Beside its model a run holds much else."""
+    (tmp_path / "log.csv").write_text("")
+    assert make(str(tmp_path), "--out", "piano.wav") == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path)]) == 0
+    assert re.match(rf"model +{tmp_path}\nnetwork +tiny, ", capsys.readouterr().out)
 
 
 def test_force_replaces(model):
@@ -216,6 +237,8 @@ class Device:
     def OutputStream(self, rate, channels, dtype):
         if self.fails == "open":
             raise self.PortAudioError("no default output device")
+        if self.fails == "no PortAudio":
+            raise OSError("PortAudio library not found")
         self.log.append((rate, channels, dtype))
         return self
 
@@ -243,6 +266,7 @@ def test_play(model, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("device", "message"), [
     (None, r"--play can't reach a sound device .*pip install sounddevice, or pipe the sound"),
+    (Device("no PortAudio"), r"--play .*library not found\); install PortAudio \(on Debian: libportaudio2\), or pipe"),
     (Device("open"), r"--play can't reach a sound device \(no default output device\); "),
     (Device("write"), r"the sound device failed \(unplugged\); pipe the sound"),
 ])
@@ -342,8 +366,8 @@ def test_a_folder_without_permission(model, capsys):
     ("missing.wav", "missing.wav is not a file"),
     ("notes.wav", "notes.wav can't be read as sound"),
     ("empty.wav", "empty.wav"),
-    ("short.wav", "the prompt lasts 0.013 s; give at least 0.064 s"),
-    ("silent.wav", "silent"),
+    ("short.wav", ": short.wav lasts 0.013 s; give at least 0.064 s"),
+    ("silent.wav", ": silent.wav is silent"),
 ])
 def test_bad_prompts(model, capsys, name, message):
     Path("notes.wav").write_text("crotchet, quaver, quaver")
@@ -384,19 +408,49 @@ def test_a_disk_that_fills_leaves_no_half_file(model, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("generate --seconds long", "--seconds: could not convert string to float: 'long'; see pianodiff generate --help"),
-    ("generate --steps 1.5", "--steps: .* '1.5'; see pianodiff generate --help"),
-    ("generate --tempo 3", "--tempo.*; see pianodiff generate --help"),
-    ("continue", "SOUND.*; see pianodiff continue --help"),
-    ("train store run --lr fast", "--lr: .* 'fast'; see pianodiff train --help"),
-    ("generate --secods 3", "--secods, 3; did you mean --seconds[?] see pianodiff generate --help"),
-    ("train store run --batchsize 4", "--batchsize, 4; did you mean --batch-size[?] see pianodiff train --help"),
-    ("", "generate, continue.*; see pianodiff --help"),
+    ("generate --seconds long", "--seconds takes a number, not long; see pianodiff generate --help"),
+    ("generate --steps 1.5", "--steps takes a whole number, not 1.5; see pianodiff generate --help"),
+    ("generate --seed lucky", "--seed takes a whole number, not lucky; see pianodiff generate --help"),
+    ("generate -s", "--seconds needs a value; see pianodiff generate --help"),
+    ("generate --guidance-interval 1", "--guidance-interval needs 2 values; see pianodiff generate --help"),
+    ("generate --guidance-interval 1 b",
+     "--guidance-interval takes numbers, not '1', 'b'; see pianodiff generate --help"),
+    ("generate --loudness 3", "there is no option --loudness; see pianodiff generate --help"),
+    ("generate 20", "there is no place for 20; see pianodiff generate --help"),
+    ("continue one.wav two.wav", "there is no place for two.wav; see pianodiff continue --help"),
+    ("continue", "SOUND is missing; see pianodiff continue --help"),
+    ("prepare", "SOURCE is missing; see pianodiff prepare --help"),
+    ("evaluate nano", "REFERENCE is missing; see pianodiff evaluate --help"),
+    ("train store run --lr fast", "--lr takes a number, not fast; see pianodiff train --help"),
+    ("train store run --mixed-precision half",
+     "--mixed-precision takes one of 'auto', 'no', 'bf16', not half; see pianodiff train --help"),
+    ("generate --secods 3", "there is no option --secods; did you mean --seconds? see pianodiff generate --help"),
+    ("train store run --batchsize 4",
+     "there is no option --batchsize; did you mean --batch-size? see pianodiff train --help"),
+    ("train store run --image 4", "there is no option --image; did you mean --images? see pianodiff train --help"),
+    ("--versoin", "there is no option --versoin; did you mean --version? see pianodiff --help"),
 ])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # in which tyro draws its box
 def test_usage_errors(capsys, monkeypatch, line, message, encoding):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))
-    assert re.match(f"pianodiff: [A-Z][^─│]*{message}\n$", refused(capsys, main(line.split())))
+    assert refused(capsys, main(line.split())) == f"pianodiff: {message}\n"
+
+
+def test_a_line_without_a_command(capsys):
+    message = refused(capsys, main([]))
+    assert "generate, continue, prepare" in message and message.endswith("; see pianodiff --help\n")
+
+
+@pytest.mark.parametrize("command", ["generate", "continue", "prepare", "train", "evaluate"])
+def test_the_help_names_no_types_of_python(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "{None}" not in capsys.readouterr().out
+
+
+def test_the_package_is_the_command():
+    told = subprocess.run([sys.executable, "-m", "pianodiff", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert told.stdout == f"pianodiff {pianodiff.__version__}\n" and not told.returncode
 
 
 @pytest.mark.parametrize(("word", "advice"), [
@@ -413,7 +467,7 @@ def test_completion_knows_commands_and_options(capsys):
 
 
 def test_version(capsys):
-    assert main(["--version"]) == 0
+    assert main(["--version", "please"]) == 0
     assert capsys.readouterr().out == f"pianodiff {pianodiff.__version__}\n"
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -563,21 +617,21 @@ def test_info(model, capsys):
     Path(model, "config.json").write_text(json.dumps(config | {"licence": "CC BY 4.0", "training": last}))
     Path(model, "README.md").write_text("# A card")
 
-    def rows(*flags: str) -> dict[str, str]:
-        assert main(["info", model, *flags]) == 0
-        return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
-
-    short = rows()
+    assert main(["info", model]) == 0
+    short = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     size = sum(p.numel() for p in tiny_piano().net.parameters())
-    assert short["network"].startswith(f"{size:,} parameters, ") and short["card"] == f"{model}/README.md"
-    assert short["block"] == "32 x 32, 0.064 s at 8,000 Hz" and short["data"] == "music.zip: train 1.25 h"
-    assert short["trained"] == "400,000 blocks in 2 minutes, H100" and short["licence"] == "CC BY 4.0"
-    assert short["before that"] == "200,000 blocks in 120 minutes, cpu" and short["loss by sigma"] == "0.123 at 0.1"
-    whole = rows("--all")
-    assert short.items() <= whole.items() and len(short) <= 12
-    assert whole["training.images"] == "400,000" and whole["training.ancestor.ancestor.seconds"] == "3,600"
-    assert whole["training.validation.loss.0.1"] == "0.1235" and whole["spectrogram.hop_length"] == "16"
-    assert whole["unet.channels"] == "8, 16"
+    assert short["network"].endswith(f" MB, {size:,} parameters") and short["model"] == model
+    assert short["card"] == f"{model}/README.md"
+    assert short["block"] == "32 x 32, 0.064 s at 8,000 Hz" and short["data"] == "music.zip: train 1.2 hours"
+    assert short["trained"] == "400,000 blocks in 1.5 minutes, H100" and short["licence"] == "CC BY 4.0"
+    assert short["before that"] == "200,000 blocks in 2.0 hours, cpu" and short["loss by sigma"] == "0.123 at 0.1"
+    assert len(short) <= 12
+    assert main(["info", model, "--all"]) == 0
+    whole = capsys.readouterr().out
+    for line in (r"training", r"  images +400,000", r"  ancestor", r"    ancestor", r"      seconds +3,600",
+                 r"      0\.1 +0\.1235", r"  hop_length +16", r"  channels +8, 16"):
+        assert re.search(f"^{line}$", whole, re.M), line
+    assert all(re.search(f"^{name} +{re.escape(text)}$", whole, re.M) for name, text in short.items())
 
 
 @pytest.mark.parametrize("name", ["nano", "base"])
@@ -610,7 +664,7 @@ def test_prepare(monkeypatch, capsys):
     assert asked["splits"] == ("train", "test") and asked["jobs"] == 2
     assert asked["cluster"] is None and asked["soundfont"] is None
     out, err = capsys.readouterr()
-    assert err == "skipped odd.wav: it is silent\n" and "3 recordings (train 1.5 h), 2 of them new, 1.3 MB" in out
+    assert err == "skipped odd.wav: it is silent\n" and "3 recordings (train 1.5 hours), 2 new, 1.3 MB" in out
     assert "no preset 'grand'" in refused(capsys, main("prepare music.zip store --preset grand".split()))
 
 
@@ -619,7 +673,7 @@ def test_train(model, monkeypatch, capsys, tmp_path):
 
     def train(store, run, config, **how):
         asked.update(store=store, run=run, config=config, **how)
-        (tmp_path / "config.json").write_text(json.dumps({"training": {"images": 5008}}))
+        (tmp_path / "config.json").write_text(json.dumps({"training": {"images": 5008, "seconds": 90}}))
         return tmp_path
 
     monkeypatch.setattr("pianodiff.train.train", train)
@@ -628,7 +682,8 @@ def test_train(model, monkeypatch, capsys, tmp_path):
     expected = TrainConfig(preset="base", images=5000, batch_size=4, lr=0.01, P_mean=-1.2, compile=True)
     assert asked == {"store": "store", "run": Path("run"), "config": expected, "init": Path(model),
                      "on_snapshot": pianodiff.cli.snapshot}
-    assert "trained on 5,008 blocks" in capsys.readouterr().out  # what it has seen, not what was asked for
+    # what it has seen, not what was asked for
+    assert "trained on 5,008 blocks in 1.5 minutes\n" in capsys.readouterr().out
     assert ": --lr must be positive" in refused(capsys, main("train store run --lr -1".split()))
     assert "no model 'nanno'" in refused(capsys, main("train store run --init nanno".split()))
 

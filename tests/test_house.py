@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "music": {"audio", "files", "pieces"},
     "joins": {"audio", "files", "music", "phases", "pieces"},
     "novelty": {"audio", "data", "distance", "files", "phases", "pieces"},
-    "evaluate": {"audio", "data", "distance", "files", "generate", "joins", "music", "novelty", "pieces", "recordings"},
+    "evaluate": {"audio", "data", "distance", "files", "generate", "joins", "model", "music", "novelty", "pieces", "recordings"},
     "show": {"audio"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
@@ -136,14 +136,15 @@ def copy(tmp_path: Path) -> Path:
     (tmp_path / "nbs").mkdir()
     (tmp_path / "pianodiff").mkdir()
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    shutil.copy(PACKAGE / "__init__.py", tmp_path / "pianodiff")
+    for name in ("__init__.py", "__main__.py"):
+        shutil.copy(PACKAGE / name, tmp_path / "pianodiff")
     for chapter in CHAPTERS:
         shutil.copy(chapter, tmp_path / "nbs")
     return tmp_path
 
 
 def test_every_module_has_a_notebook():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "_modidx"}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "_modidx"}
     exported = set(re.findall(r"#\| default_exp (\w+)", "".join(path.read_text() for path in CHAPTERS)))
     assert modules == exported == set(MAY_IMPORT)
 

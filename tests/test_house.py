@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "music": {"audio", "files", "pieces"},
     "joins": {"audio", "files", "music", "phases", "pieces"},
     "novelty": {"audio", "data", "distance", "files", "phases", "pieces"},
-    "evaluate": {"audio", "data", "distance", "files", "generate", "joins", "model", "music", "novelty", "pieces", "recordings"},
+    "evaluate": {"audio", "data", "distance", "files", "generate", "joins", "model", "music", "novelty", "pieces",
+                 "recordings"},
     "show": {"audio"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

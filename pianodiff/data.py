@@ -31,16 +31,9 @@ from .files import ahead, single_threaded
 # this and what follows, where it was before 0.2
 from .recordings import MIDI_ENDINGS as MIDI_ENDINGS
 from .recordings import SPLITS as SPLITS
-from pianodiff.recordings import (
-    Recording,
-    absolute_path,
-    find_soundfont,
-    of_splits,
-    read_recording,
-    reason,
-    scan_source,
-)
+from .recordings import Recording, absolute_path, find_soundfont, read_recording, reason, scan_source
 from .recordings import find_recordings as find_recordings
+from .recordings import of_splits as of_splits
 from .recordings import render_midi as render_midi
 
 # its place before 0.2

@@ -173,6 +173,12 @@ def test_export_is_fresh(copy: Path):
     assert [name for name in here if here[name] != fresh[name]] == [], "run nbdev_export"
 
 
+def test_modules_import_each_other_relatively():
+    """nbdev leaves an import that is wrapped over lines as it is."""
+    texts = {path.name: path.read_text() for path in PACKAGE.glob("*.py") if path.name != "__init__.py"}
+    assert [name for name, text in texts.items() if re.search(r"^(from|import) pianodiff\b", text, re.M)] == []
+
+
 def test_notebooks_are_clean(copy: Path):
     run(BIN / "nbdev_clean", cwd=copy)
     changed = [path.name for path in CHAPTERS if path.read_bytes() != (copy / "nbs" / path.name).read_bytes()]

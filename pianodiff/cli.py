@@ -6,6 +6,7 @@ __all__ = ['info', 'Request', 'generate', 'continue_', 'prepare', 'train', 'snap
 # %% ../nbs/19_cli.ipynb #3ec753f5
 import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -19,6 +20,8 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+if os.environ.get("NO_COLOR"):  # tyro doesn't know it
+    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
 try:
     import tyro
 except KeyboardInterrupt:  # it takes half a second
@@ -26,7 +29,7 @@ except KeyboardInterrupt:  # it takes half a second
     sys.exit(130)
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, __version__
-from .terminal import counted, interruptible, lasting, printed, progress_bar, speakers, wav_pipe
+from .terminal import counted, interruptible, lasting, own_streams, printed, progress_bar, speakers, wav_pipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,8 +209,8 @@ def continue_(prompt: Annotated[Path, tyro.conf.arg(metavar="SOUND")], /,
     The sound is written while it is made; Ctrl-C ends it, and keeps what is there.
 
     Args:
-        prompt: the recording, in any format and at any rate; its last two seconds are
-            what the model hears
+        prompt: the recording, in any format and at any rate, or - for standard input;
+            its last two seconds are what the model hears
         out: the sound file to write, mono at 8 kHz: .wav, .flac, .ogg, .mp3 or .aiff;
             or - for standard output
     """
@@ -330,15 +333,23 @@ def _draw(wave: "Tensor", cfg: "SpectrogramConfig", title: str) -> bytes:
     return data.getvalue()
 
 # %% ../nbs/19_cli.ipynb #41f35252
+def _heard(prompt: Path) -> Path | io.BytesIO:
+    """The recording to read: a file, or what comes through a pipe."""
+    if prompt == _PIPE:
+        return io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")
+    return io.BytesIO(prompt.read_bytes()) if prompt.is_fifo() else prompt
+
+
 @contextmanager
 def _named(prompt: Path | None) -> Iterator[None]:
     """Lets an error about the prompt say which file it is."""
+    name = "standard input" if prompt == _PIPE else str(prompt)
     try:
         yield
     except ValueError as error:
         if prompt is None:
             raise
-        text = re.sub("^the (prompt|sound|wave)", lambda _: str(prompt), str(error))
+        text = re.sub("^the (prompt|sound|wave)", lambda _: name, str(error))
         raise ValueError(text) from error
 
 
@@ -357,7 +368,8 @@ def _make(request: Request, out: Path, prompt: Path | None) -> None:
     piano = Piano.from_pretrained(request.model, request.device)
     comment = f"pianodiff {__version__}: {request.command(seed, prompt)}"
     rate = piano.cfg.sample_rate
-    before = torch.zeros(0) if prompt is None else load_audio(prompt, rate)
+    with _named(prompt):
+        before = torch.zeros(0) if prompt is None else load_audio(_heard(prompt), rate)
     with _sampling_bar() as callback:
         with _named(prompt):
             stream = piano.stream(request.seconds, seed=seed,
@@ -615,6 +627,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for a pipe without a reader.
     """
     args = sys.argv[1:] if args is None else list(args)
+    own_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # any name of a file can be printed
         sys.stdout.reconfigure(errors="backslashreplace")

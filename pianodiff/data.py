@@ -105,6 +105,20 @@ def open_store(store: str | os.PathLike) -> Store:
                          "make it anew with `pianodiff prepare`") from error
 
 
+def _place(store: str) -> tuple[fsspec.AbstractFileSystem, str, bool]:
+    """The file system of a store, its root there, and whether it holds anything.
+
+    Raises ValueError where that can't be found out.
+    """
+    try:
+        fs, root = fsspec.core.url_to_fs(store)
+        return fs, root, fs.exists(root) and bool(fs.find(root))
+    except Exception as error:  # no library, no credentials, no network
+        raise ValueError(f"the store {store} can't be reached ({reason(error)}); check "
+                         "the address and your access, or give another place"
+                         ) from error
+
+
 def _open_group(store: str | os.PathLike, mode: Literal["r", "r+"]) -> zarr.Group:
     try:
         return zarr.open_group(str(store), mode=mode)
@@ -171,10 +185,13 @@ def _writing(store: str) -> Iterator[None]:
     """Tell what to do when the store can't be written."""
     try:
         yield
-    except OSError as error:
-        raise OSError(error.errno or errno.EIO, f"the store {store} can't be written "
-                      f"({error.strerror or error}); " "what is finished is kept: make "
-                      "room, or give another place, " "and run again") from error
+    except ValueError:
+        raise
+    except Exception as error:  # a file system in a network has errors of its own
+        said = getattr(error, "strerror", None) or reason(error)
+        raise OSError(getattr(error, "errno", None) or errno.EIO, f"the store {store} "
+                      f"can't be written ({said}); what is finished is kept: make "
+                      "room, or give another place, and run again") from error
 
 # %% ../nbs/05_data.ipynb #d90382d9
 _Work = Callable[[Recording], dict[str, Any]]
@@ -202,11 +219,11 @@ def _run(work: _Work, todo: Sequence[Recording], jobs: int,
 def _run_in_processes(work: _Work, todo: Sequence[Recording], jobs: int) -> _Results:
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"),
                              _start_worker) as pool:
-        pending = {pool.submit(work, recording): recording for recording in todo}
         try:
+            pending = {pool.submit(work, recording): recording for recording in todo}
             yield from ((pending[done], done.result())
                         for done in as_completed(pending))
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, BrokenPipeError) as error:
             script = "(a script needs `if __name__ == '__main__':`)"
             raise ChildProcessError(f"{_DIED} {script}") from error
         finally:
@@ -288,8 +305,7 @@ def _claim_store(store: str, cfg: SpectrogramConfig, source: str) -> zarr.Group:
     try:
         group = _open_group(store, "r+")
     except FileNotFoundError:
-        fs, root = fsspec.core.url_to_fs(store)
-        if fs.exists(root) and fs.find(root):
+        if _place(store)[2]:
             raise ValueError(f"{store} exists and is not a spectrogram store; give "
                              "another folder") from None
         with _writing(store):
@@ -392,7 +408,7 @@ def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: Spectrogra
         soundfont = find_soundfont(soundfont)
     if cluster:
         _client(cluster).close()  # while there is no store yet
-    fs, root = fsspec.core.url_to_fs(store)
+    fs, root, _ = _place(store)
     ours = [path for path in (f"{root}/zarr.json", root) if not fs.exists(path)]
     group = _claim_store(store, cfg, source.rstrip("/").rpartition("/")[2])
     finished = _finished(group)

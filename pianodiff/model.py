@@ -198,8 +198,8 @@ def find_model(name_or_path: str | os.PathLike = "nano") -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # no network, a proxy, an address: each its own class
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise FileNotFoundError(f"the model {name!r} is no folder and not on the Hub "
                                 f"({reason}); {advice}") from error
 

@@ -264,9 +264,14 @@ def scan_source(source: str | os.PathLike) -> tuple[list[Recording], bool]:
 
 
 def absolute_path(path: str | os.PathLike) -> str:
-    """A local path in full, for workers in other folders; a URL as it is."""
+    """A local path in full, for workers in other folders; a URL as it is.
+
+    The URL of a local path is that path.
+    """
     if not str(path):
         raise ValueError("a path is empty; give the name of a folder, or a URL")
+    if str(path).startswith(("file://", "local://")):
+        return str(fsspec.core.url_to_fs(str(path))[1])
     return str(path) if "://" in str(path) else os.path.abspath(path)
 
 # %% ../nbs/04_recordings.ipynb #spl00002

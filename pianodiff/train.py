@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -62,9 +62,13 @@ def save_checkpoint(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, has to reach the disk
-    os.close(folder)
+    # the new name, too, has to reach the disk; not everywhere can a folder be synced
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def load_checkpoint(
@@ -606,6 +610,9 @@ def _alone(run: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(f"another process trains in {run}; "
                              "wait for it or use another folder") from error
+        except OSError:
+            _tell(f"{run} is in a file system without locks: let no other process "
+                  "train in it")
         yield
 
 

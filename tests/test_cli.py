@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,6 +224,49 @@ def test_a_pipe_that_is_full_or_closed(model):
 
     assert run(">&-").startswith("pianodiff: standard output is closed; give the name of a file")  # before the work
     assert "\npianodiff: standard output can't be written (No space left on device); " in run(">/dev/full")
+
+
+def in_bash(line: str, **env: str) -> subprocess.CompletedProcess:
+    """What comes of a line in which `pianodiff` is this package's command."""
+    command = f"{shlex.quote(sys.executable)} -m pianodiff"
+    return subprocess.run(line.replace("pianodiff", command), shell=True, executable="/bin/bash", capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+
+
+@pytest.mark.parametrize("out", ["piano.wav", "-"])
+def test_standard_error_may_be_closed(model, out):
+    """What is opened next must not get its number: a library's warning would end in the sound."""
+    done = in_bash(f"pianodiff generate --model {model} --seconds 0.25 --steps 2 --seed 3 --out {out} 2>&-")
+    assert done.returncode == 0
+    sound = io.BytesIO(done.stdout) if out == "-" else "piano.wav"
+    assert len(load_audio(sound)) == 2000
+
+
+@pytest.mark.parametrize("prompt", ["cat mine.wav | pianodiff continue -", "pianodiff continue - < mine.wav",
+                                    "pianodiff continue <(cat mine.wav)"])
+def test_a_prompt_comes_through_a_pipe(model, prompt):
+    save_audio("mine.wav", 0.1 * example_performance(1, seed=0))
+    done = in_bash(f"{prompt} --model {model} --seconds 0.25 --steps 2 --out longer.wav")
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(load_audio("longer.wav")[:8000], load_audio("mine.wav"), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("echo crotchet | pianodiff continue -", "standard input can't be read as sound"),
+    ("pianodiff continue - <&-", "standard input can't be read as sound"),
+    ("pianodiff continue <(echo quaver)", "can't be read as sound"),
+])
+def test_what_comes_through_a_pipe_is_no_sound(model, line, message):
+    done = in_bash(f"{line} --model {model}")
+    assert done.returncode == 2 and re.fullmatch(rf"pianodiff: .*{message}.*\n", done.stderr.decode())
+
+
+@pytest.mark.skipif(not shutil.which("script"), reason="there is no script here")
+@pytest.mark.parametrize(("wish", "coloured"), [("", True), ("1", False)])
+def test_colours_stay_away_from_those_who_want_none(wish, coloured):
+    line = "script -qec 'pianodiff generate --help' /dev/null"
+    done = in_bash(line, TERM="xterm", NO_COLOR=wish)
+    assert done.returncode == 0 and (b"\x1b[3" in done.stdout) == coloured
 
 
 class Device:

@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -311,6 +312,47 @@ def test_a_place_that_cannot_be_written(music, tmp_path):
 def die(recording: object) -> dict:
     os.kill(os.getpid(), signal.SIGKILL)
     return {}
+
+
+def test_workers_that_cannot_start_are_told_of(tmp_path, monkeypatch):
+    """Their pipe breaks while the work is handed out, or after it."""
+    def submit(pool, work, recording):
+        raise BrokenPipeError
+
+    (tmp_path / "music").mkdir()
+    save_audio(tmp_path / "music/a.wav", sound(0, 0.2))
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.submit", submit)
+    with pytest.raises(ChildProcessError, match="a worker process died"):
+        prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=2)
+
+
+@pytest.mark.parametrize("scheme", ["file", "local"])
+def test_a_url_of_a_folder_is_that_folder(scheme, tmp_path):
+    (tmp_path / "my music").mkdir()
+    save_audio(tmp_path / "my music/a.wav", sound(0, 0.2))
+    (tmp_path / "there").mkdir()
+    for name in ("new", "there"):
+        url = f"{scheme}://{tmp_path}/{name}"
+        prepare(f"{scheme}://{tmp_path}/my music", url, CFG, jobs=1)
+        assert open_store(url).recordings == open_store(tmp_path / name).recordings != ()
+        assert len(BlockDataset(url, "train", random_offset=False))
+
+
+@pytest.mark.parametrize("failure", [ImportError("Please install gcsfs"), RuntimeError("Unable to locate credentials")])
+def test_a_place_that_cannot_be_reached(failure, tmp_path, monkeypatch):
+    def url_to_fs(url, **how):
+        if url.startswith("far"):
+            raise failure
+        return known(url, **how)
+
+    known = fsspec.core.url_to_fs
+    monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
+    (tmp_path / "music").mkdir()
+    save_audio(tmp_path / "music/a.wav", sound(0, 0.2))
+    with pytest.raises(ValueError, match=f"far://away can't be (reached|opened) .*{failure}.*; check the address"):
+        prepare(tmp_path / "music", "far://away", CFG, jobs=1)
+    with pytest.raises(ValueError, match="far://away can't be opened .*; check the address"):
+        open_store("far://away")
 
 
 def test_processes(music, store, tmp_path):

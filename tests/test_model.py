@@ -305,9 +305,10 @@ def test_names_of_models(tmp_path, monkeypatch):
     assert len(asked) == 1
 
 
-def test_a_hub_that_fails(monkeypatch):
+@pytest.mark.parametrize("failure", [OSError, ImportError, RuntimeError])  # each library has its own
+def test_a_hub_that_fails(monkeypatch, failure):
     def download(name, allow_patterns):
-        raise OSError("the network is unreachable\nand more")
+        raise failure("the network is unreachable\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(FileNotFoundError, match=r"not on the Hub \(the network is unreachable\); give one that ships"):

@@ -1,13 +1,14 @@
 """What the commands share with their terminal; and that a question for help loads nothing heavy."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pianodiff.terminal import counted, lasting, progress_bar
+from pianodiff.terminal import counted, lasting, own_streams, printed, progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,3 +48,27 @@ def test_slow_work_is_counted_by_the_second_too(monkeypatch: pytest.MonkeyPatch)
 def test_times_and_counts_in_words(seconds: float, words: str):
     assert lasting(seconds) == words
     assert [counted(n, "block") for n in (0, 1, 2000)] == ["0 blocks", "1 block", "2,000 blocks"]
+
+
+def test_only_the_own_pipe_ends_a_command_in_silence(monkeypatch: pytest.MonkeyPatch):
+    reader, writer = os.pipe()
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with pytest.raises(OSError, match="the connection to another program broke; run the same again"), printed():
+            raise BrokenPipeError
+        os.close(reader)
+        with pytest.raises(SystemExit) as stop, printed():
+            raise BrokenPipeError
+        assert stop.value.code == 141
+
+
+def test_closed_streams_are_taken_and_open_ones_stay(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stderr", None)
+    before = os.open(os.devnull, os.O_RDONLY)  # the next number
+    os.close(before)
+    own_streams()
+    assert sys.stderr.write("to nobody") == 9
+    sys.stderr.close()
+    after = os.open(os.devnull, os.O_RDONLY)
+    os.close(after)
+    assert after == before

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -317,6 +318,24 @@ def test_a_run_that_never_leaves_its_warm_up_says_so(capfd, images, warmup, told
     words = (f"{images} blocks are too few for a warm-up of {warmup}: the learning rate stays below 0.003; "
              "ask for more, or for a shorter warm-up (--warmup-images)\n")
     assert capfd.readouterr().err == words * told
+
+
+def test_a_file_system_without_locks_or_synced_folders(store, whole, tmp_path, monkeypatch, capsys):
+    """As Lustre, and as some that live in a network or in user space."""
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def fsync(number, sync=os.fsync):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(number)
+
+    monkeypatch.setattr("pianodiff.train.fcntl.flock", flock)
+    monkeypatch.setattr("os.fsync", fsync)
+    train(store, tmp_path, CONFIG)
+    assert_same_end(tmp_path, whole)
+    told = f"{tmp_path} is in a file system without locks: let no other process train in it\n"
+    assert capsys.readouterr().err.count(told) == 1
 
 
 def test_one_process_trains_in_a_folder(store, whole, tmp_path):

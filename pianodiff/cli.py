@@ -4,6 +4,7 @@
 __all__ = ['info', 'Request', 'generate', 'continue_', 'prepare', 'train', 'snapshot', 'evaluate', 'main']
 
 # %% ../nbs/19_cli.ipynb #3ec753f5
+import contextlib
 import io
 import json
 import os
@@ -13,13 +14,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, __version__
+from .terminal import counted, interruptible, lasting, own_streams, printed, progress_bar, speakers, wav_pipe
+
+# %% ../nbs/19_cli.ipynb #cli00030
 if os.environ.get("NO_COLOR"):  # tyro doesn't know it
     os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
 try:
@@ -27,9 +32,6 @@ try:
 except KeyboardInterrupt:  # it takes half a second
     print("pianodiff: interrupted", file=sys.stderr)
     sys.exit(130)
-
-from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, __version__
-from .terminal import counted, interruptible, lasting, own_streams, printed, progress_bar, speakers, wav_pipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,17 +111,32 @@ def _of_sound(path: Path) -> dict[str, Any]:
     return facts
 
 
+def _of_store(path: str) -> dict[str, Any]:
+    """What a store holds."""
+    from pianodiff.data import open_store
+
+    store = open_store(path)
+    cfg = store.cfg
+    return {"store": path, "of": store.source, "hours": _by_split(store.hours),
+            "recordings": len(store.recordings),
+            "block": f"{cfg.n_bins} x {cfg.n_frames}, {cfg.block_seconds:g} s at "
+            f"{cfg.sample_rate:,} Hz"}
+
+
 def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /, *,
          all: bool = False) -> None:
-    """Tell what a model is: size, data, training, licence; or how a sound was made.
+    """Tell what a model or a store holds, or how a sound was made.
 
     Args:
-        model: nano, base, the folder of a model or run, a Hub id (user/repo), or a
-            sound file
+        model: nano, base, the folder of a model or run, a Hub id (user/repo), a store,
+            or a sound file
         all: print the whole configuration, and that of all earlier trainings
     """
     from pianodiff.audio import AUDIO_FORMATS
 
+    if (Path(model) / "zarr.json").is_file():
+        _print_rows(_of_store(model))
+        return
     if Path(model).is_file() or Path(model).suffix.lower() in AUDIO_FORMATS:
         _print_rows(_of_sound(Path(model)))
         return
@@ -184,6 +201,12 @@ class Request:
         return shlex.join(["pianodiff", *words])
 
 
+def _unwrapped(text: str | None) -> str:
+    """A docstring without breaks inside the text of a parameter: tyro keeps breaks."""
+    return re.sub(r"\n {12,}", " ", text or "")
+
+
+Request.__doc__ = _unwrapped(Request.__doc__)
 # its fields become flags without a prefix
 _Flat = Annotated[Request, tyro.conf.arg(name="")]
 _Out = Annotated[Path, _short("-o")]
@@ -193,7 +216,7 @@ _PIPE = Path("-")  # in place of a file: standard output
 def generate(request: _Flat, *, out: _Out = Path("piano.wav")) -> None:
     """Make piano music from a seed.
 
-    The sound is written while it is made; Ctrl-C ends it, and keeps what is there.
+    The file appears when it is complete. Ctrl-C ends the music early, and keeps it.
 
     Args:
         out: the sound file to write: .wav, .flac, .ogg, .mp3 or .aiff; or - for a WAV
@@ -206,7 +229,7 @@ def continue_(prompt: Annotated[Path, tyro.conf.arg(metavar="SOUND")], /,
               request: _Flat, *, out: _Out = Path("longer.wav")) -> None:
     """Go on from a recording: write it, then new music in phase with it.
 
-    The sound is written while it is made; Ctrl-C ends it, and keeps what is there.
+    The file appears when it is complete. Ctrl-C ends the music early, and keeps it.
 
     Args:
         prompt: the recording, in any format and at any rate, or - for standard input;
@@ -221,7 +244,9 @@ def _check_output(path: Path, endings: Sequence[str], prompt: Path | None = None
                   force: bool = True) -> None:
     """Raise ValueError or OSError if `path` can't or must not be written."""
     if path.suffix.lower() not in endings:
-        raise ValueError(f"{path} must end in {' or '.join(endings)}")
+        *others, last = endings
+        choice = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{path} must end in {choice}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     if prompt and prompt.exists() and path.exists() and path.samefile(prompt):
@@ -230,6 +255,9 @@ def _check_output(path: Path, endings: Sequence[str], prompt: Path | None = None
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; give another name, or --force to "
                               "replace it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist; make it "
+                                "first")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
@@ -352,7 +380,7 @@ def _named(prompt: Path | None) -> Iterator[None]:
         text = re.sub("^the (prompt|sound|wave)", lambda _: name, str(error))
         raise ValueError(text) from error
 
-
+# %% ../nbs/19_cli.ipynb #cli00021
 def _make(request: Request, out: Path, prompt: Path | None) -> None:
     """Make music, from nothing or on from a file, and hand it on while it is made."""
     import secrets
@@ -525,11 +553,13 @@ def _print_results(results: dict[str, Any], out: Path) -> None:
     from pianodiff.distance import farther
 
     for name, table in results["distances"].items():
-        figures = ", ".join(f"{row} {values['frechet']:.4g}"
-                            for row, values in table.items())
+        for title, key in (("Fréchet", "frechet"), ("kernel", "kernel")):
+            figures = [f"{row} {values[key]:.4g}" for row, values in table.items()]
+            print(f"{title} distance ({name}): {', '.join(figures)}")
         floor = results["floors"][name]
-        print(f"Fréchet distance ({name}): {figures}; farther off than other real "
-              f"music in {farther(floor)} of {len(floor['real'])} splits")
+        print(f"by the first, {results['generated']['name']} is farther off than other "
+              f"real music in {farther(floor)} of {len(floor['real'])} random "
+              "divisions")
     making, evaluating = (results["seconds"][part] for part in ("making", "evaluating"))
     print(f"{out} and {out.with_suffix('.json')}: {results['generated']['blocks']} "
           f"generated blocks beside {results['reference']['blocks']} real ones, in "
@@ -572,6 +602,8 @@ def _reason_in(box: str) -> tuple[str, str]:
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate, "continue": continue_, "prepare": prepare, "train": train,
     "evaluate": evaluate, "info": info}
+for _command in _COMMANDS.values():
+    _command.__doc__ = _unwrapped(_command.__doc__)
 
 
 def _parse(args: Sequence[str]) -> Callable[[], None]:
@@ -579,7 +611,11 @@ def _parse(args: Sequence[str]) -> Callable[[], None]:
 
     Raises ValueError for a line that can't be understood.
     """
-    if args and not args[0].startswith("-") and args[0] not in _COMMANDS:
+    if not args:
+        args = ["--help"]
+    if args[0].startswith("-") and not _COMMANDS.keys().isdisjoint(args):
+        raise ValueError("options stand behind the command; see pianodiff --help")
+    if not args[0].startswith("-") and args[0] not in _COMMANDS:
         near = get_close_matches(args[0], _COMMANDS, 1)
         meant = f"did you mean {near[0]!r}? see" if near else "see"
         raise ValueError(f"there is no command {args[0]!r}; {meant} pianodiff --help")
@@ -590,7 +626,7 @@ def _parse(args: Sequence[str]) -> Callable[[], None]:
     except SystemExit as stop:
         if not stop.code:
             raise  # after --help
-        command = [*args[:1]] if args and args[0] in _COMMANDS else []
+        command = [args[0]] if args[0] in _COMMANDS else []
         reason, word = _reason_in(box.getvalue())
         near = get_close_matches(word, _flags(command), 1, 0.7) if word else []
         meant = f"; did you mean {near[0]}? see" if near else "; see"
@@ -610,11 +646,11 @@ def _bound(args: Sequence[str]) -> Callable[[], None]:
         prog="pianodiff", description=about, args=args,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff))
 
-
+# %% ../nbs/19_cli.ipynb #cli00031
 def _flags(command: list[str]) -> list[str]:
     """The options of a command, as its help names them."""
     page = io.StringIO()
-    with suppress(SystemExit), redirect_stdout(page):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(page):
         _bound([*command, "--help"])
     return re.findall(r"--[\w-]+", page.getvalue())
 

@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -32,7 +33,7 @@ from .distance import distance_section, farther, load_embedding
 from .files import plain, write_whole
 from .generate import Piano, Sampling
 from .joins import JOIN_MEASURES, joins_section
-from .model import model_in
+from .model import find_model, load_model, model_in, trainings
 from .music import STATISTICS, drift_section, music_section
 from .novelty import novelty_section
 from .pieces import Comparison, Pieces, Section, by_decades, in_style, make_pieces, new_axes, read_pieces
@@ -138,8 +139,8 @@ def _versions() -> dict[str, str]:
 
 
 def _described(pieces: Pieces) -> dict[str, int]:
-    titles = {piece.title for piece in pieces}
-    return {"pieces": len(pieces), "titles": len(titles), "blocks": pieces.blocks}
+    return {"pieces": len(pieces), "titles": len(pieces.titles),
+            "blocks": pieces.blocks}
 
 
 def _facts(comparison: Comparison, generated: str | os.PathLike, model: bool,
@@ -210,6 +211,24 @@ def _command(generated: str | os.PathLike, reference: str | os.PathLike,
     return shlex.join(words)
 
 # %% ../nbs/18_evaluate.ipynb #6a2a464c
+def _check_reference(generated: str | os.PathLike, reference: str | os.PathLike,
+                     splits: Sequence[str]) -> None:
+    """Raise an error for a reference that can't be used, before any work.
+
+    Warn where it seems to hold what the model was trained on.
+    """
+    recordings = of_splits(find_recordings(reference), reference, splits)
+    if _is_sound(generated):
+        return
+    known = {run.get("data") for run in trainings(load_model(find_model(generated))[1])}
+    trained = sum(recording.split == "train" for recording in recordings)
+    if trained and Path(reference).name in known:
+        warnings.warn(f"{trained} of the {len(recordings)} recordings of the reference "
+                      f"are of the split train, and {generated} was trained on data of "
+                      "the same name; --splits validation test leaves them out",
+                      stacklevel=3)
+
+
 def _sound(folder: str | os.PathLike, cfg: SpectrogramConfig) -> Pieces:
     """The pieces of a folder of sound; ValueError if they hold too few blocks."""
     pieces = read_pieces(folder, cfg)
@@ -270,7 +289,7 @@ def evaluate(
     sampling = Sampling(sampler, steps, guidance, guidance_interval)
     cfg, levels = _settings_of(generated, training)
     loaded = [load_embedding(name) for name in embeddings]
-    of_splits(find_recordings(reference), reference, splits)  # raises before the work
+    _check_reference(generated, reference, splits)
     made = make_pieces(
         generated, home / "pieces", pieces=pieces, seconds=seconds, sampling=sampling,
         seed=seed, least=_LEAST) if model else _sound(generated, cfg)

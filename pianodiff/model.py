@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,9 @@ def find_model(name_or_path: str | os.PathLike = "nano") -> Path:
     advice = (f"give one that ships ({', '.join(shipped) or 'none does'}), "
               "the folder of a model or run, or a Hub id (user/repo)")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise FileNotFoundError(f"there is no model {name!r}; {advice}")
+        near = get_close_matches(name, shipped, 1)
+        meant = f"did you mean {near[0]!r}? or " if near else ""
+        raise FileNotFoundError(f"there is no model {name!r}; {meant}{advice}")
     from huggingface_hub import snapshot_download  # takes a while to import
 
     try:

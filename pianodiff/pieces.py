@@ -75,6 +75,11 @@ class Pieces(Sequence[Piece]):
         """N, the number of blocks."""
         return sum(self.sizes)
 
+    @property
+    def titles(self) -> set[str]:
+        """The compositions."""
+        return {piece.title for piece in self.items}
+
     @cached_property
     def clips(self) -> Tensor:
         """All blocks as waves `[N, block_samples]`."""
@@ -98,13 +103,15 @@ class Pieces(Sequence[Piece]):
         Raises ValueError if there are too few blocks.
         """
         others = Pieces(_spared(self, blocks, seed), self.cfg)
-        taken = {piece.title for piece in others}
+        taken = others.titles
         kept = [piece for piece in self.items if piece.title not in taken]
         reference = Pieces(kept, self.cfg)
         if others.blocks < blocks or reference.blocks < 2:
             raise ValueError("the reference has too few blocks: "
-                             f"{blocks} are set against the others, of other titles; "
-                             "give more recordings")
+                             f"{self.blocks} in {len(self.titles)} titles, of which "
+                             f"{blocks}, as many as there are generated ones, have to "
+                             "be set aside by title; give more recordings, or fewer "
+                             "pieces")
         return reference, others
 
 # %% ../nbs/13_pieces.ipynb #a7e7487b
@@ -192,6 +199,8 @@ def _collected(tried: Iterable[tuple[Recording, Piece | str]], blocks: int | Non
         for piece in _first(blocks or 10**9, usable(), cfg):
             pieces.append(piece)
             bar.update(len(piece.wave) // cfg.block_samples)
+        bar.total = bar.n  # there may be fewer than were asked for
+        bar.refresh()
     return Pieces(pieces, cfg, unused)
 
 # %% ../nbs/13_pieces.ipynb #3e2cfbfe

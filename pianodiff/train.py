@@ -413,7 +413,7 @@ class TrainLog:
 def _pace(rate: float, images: int, total: int) -> str:
     """How long a run will take at `rate` blocks a second."""
     left = lasting((total - images) / rate)
-    return (f"{rate:.3g} blocks a second: {left} are left for {total:,} blocks; "
+    return (f"{rate:.3g} blocks a second: the rest of {total:,} blocks takes {left}; "
             "--images N asks for fewer")
 
 
@@ -479,8 +479,9 @@ def _try_ways(run: _Run) -> Way:
             net.zero_grad()
             return time.perf_counter() - begin
 
+        _tell(f"tries {len(ways)} ways to compute" + (
+            " and compiles each, which takes minutes" if run.config.compile else ""))
         if run.config.compile:
-            _tell("compiles the network, which takes minutes")
             net.compile()  # the run's own network will use what is compiled here
         found = [fastest(seconds, ways, compiled=run.config.compile)]
         precision = "float32" if found[0].precision == "no" else "bfloat16"
@@ -636,7 +637,7 @@ def _tell_of_start(run: _Run) -> None:
     if run.images:
         _tell(f"goes on from {run.checkpoint}, after {run.images:,} of "
               f"{config.images:,} blocks")
-    if config.warmup_images > config.images * (1 - config.decay_fraction):
+    elif config.warmup_images > config.images * (1 - config.decay_fraction):
         _tell(f"{counted(config.images, 'block')} are too few for a warm-up of "
               f"{config.warmup_images:,}: the learning rate stays below {config.lr:g}; "
               "ask for more, or for a shorter warm-up (--warmup-images)")

@@ -28,6 +28,7 @@ import pianodiff.cli
 import pianodiff.terminal
 from pianodiff.audio import SPECTROGRAMS, load_audio, save_audio, sound_facts, sound_file
 from pianodiff.cli import main
+from pianodiff.data import prepare
 from pianodiff.generate import Piano
 from pianodiff.synth import example_performance
 from pianodiff.train import TrainConfig
@@ -366,11 +367,11 @@ def test_impossible_lengths(model, capsys, seconds):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (("--out", "no/such/folder/piano.wav"), "the folder no/such/folder can't be written to"),
-    (("--out", "file/piano.wav"), "the folder file can't be written to"),
-    (("--image", "no/such/folder/piano.png"), "the folder no/such/folder can't be written to"),
+    (("--out", "no/such/folder/piano.wav"), "the folder no/such/folder does not exist; make it first"),
+    (("--out", "file/piano.wav"), "the folder file does not exist; make it first"),
+    (("--image", "no/such/folder/piano.png"), "the folder no/such/folder does not exist; make it first"),
     (("--out", "folder.wav"), "folder.wav is a folder"),
-    (("--out", "piano.txt"), "piano.txt must end in .wav or"),
+    (("--out", "piano.txt"), "piano.txt must end in .wav, .flac, .ogg, .mp3, .aiff or .aif"),
     (("--image", "piano.jpeg"), "piano.jpeg must end in .png"),
     (("--sampler", "hein"), "no sampler 'hein'"),
     (("--steps", "0"), ": --steps must be a whole number of at least 1"),
@@ -378,7 +379,8 @@ def test_impossible_lengths(model, capsys, seconds):
     (("--seed", "-1"), ": --seed must be a whole number from 0"),
     (("--guidance", "nan"), ": --guidance must be finite"),
     (("--guidance-interval", "2", "1"), ": --guidance-interval must be noise levels low < high"),
-    (("--model", "no-such-model"), "no model 'no-such-model'"),
+    (("--model", "no-such-model"), "no model 'no-such-model'; give one that ships"),
+    (("--model", "nanno"), "no model 'nanno'; did you mean 'nano'? or give one"),
     (("--model", "."), "model"),
     (("--device", "cud"), "the device 'cud' can't be used"),
     (("--out", "file.wav"), "file.wav exists; give another name, or --force to replace it"),
@@ -472,6 +474,7 @@ def test_a_disk_that_fills_leaves_no_half_file(model, capsys, monkeypatch):
     ("train store run --batchsize 4",
      "there is no option --batchsize; did you mean --batch-size? see pianodiff train --help"),
     ("train store run --image 4", "there is no option --image; did you mean --images? see pianodiff train --help"),
+    ("--seconds 20 generate", "options stand behind the command; see pianodiff --help"),
     ("--versoin", "there is no option --versoin; did you mean --version? see pianodiff --help"),
 ])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # in which tyro draws its box
@@ -480,9 +483,11 @@ def test_usage_errors(capsys, monkeypatch, line, message, encoding):
     assert refused(capsys, main(line.split())) == f"pianodiff: {message}\n"
 
 
-def test_a_line_without_a_command(capsys):
-    message = refused(capsys, main([]))
-    assert "generate, continue, prepare" in message and message.endswith("; see pianodiff --help\n")
+def test_a_line_without_a_command_gets_the_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    out = capsys.readouterr().out
+    assert not stop.value.code and all(command in out for command in ("generate", "continue", "prepare", "info"))
 
 
 @pytest.mark.parametrize("command", ["generate", "continue", "prepare", "train", "evaluate"])
@@ -676,6 +681,17 @@ def test_info(model, capsys):
                  r"      0\.1 +0\.1235", r"  hop_length +16", r"  channels +8, 16"):
         assert re.search(f"^{line}$", whole, re.M), line
     assert all(re.search(f"^{name} +{re.escape(text)}$", whole, re.M) for name, text in short.items())
+
+
+def test_info_of_a_store(capsys, tmp_path):
+    (tmp_path / "music").mkdir()
+    save_audio(tmp_path / "music/a.wav", example_performance(3, seed=0))
+    prepare(tmp_path / "music", tmp_path / "store", SPECTROGRAMS["nano"], jobs=1)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "store")]) == 0
+    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows == {"store": str(tmp_path / "store"), "of": "music", "hours": "train 3.0 seconds", "recordings": "1",
+                    "block": "256 x 128, 2.048 s at 8,000 Hz"}
 
 
 @pytest.mark.parametrize("name", ["nano", "base"])

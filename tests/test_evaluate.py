@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from matplotlib import image
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig
 from pianodiff.cli import main
 from pianodiff.data import prepare
-from pianodiff.evaluate import evaluate, plot_training, training_curves
+from pianodiff.evaluate import _check_reference, evaluate, plot_training, training_curves
+from pianodiff.model import find_model
 
 CFG = SpectrogramConfig()
 
@@ -57,7 +59,8 @@ def figures(path: Path) -> dict:
 def test_the_report_is_whole_and_the_same_twice(music, tmp_path, capsys):
     assert main(["evaluate", f"{music}/made", f"{music}/real", "--out", f"{tmp_path}/a.html", "--blocks", "30"]) == 0
     told = capsys.readouterr()
-    assert re.search(r"Fréchet distance \(logmel.*; farther off than other real music in \d+ of 20 splits", told.out)
+    assert re.search(r"Fréchet distance \(logmel.*\nkernel distance \(logmel.*\nby the first, made is farther off than "
+                     r"other real music in \d+ of 20 random divisions\n", told.out)
     assert len(re.findall(r"^warning: .*without full rank", told.err, re.M)) == 1
     evaluate(music / "made", music / "real", tmp_path / "b.html", blocks=30)
     as_json = [figures(tmp_path / f"{name}.json") for name in "ab"]
@@ -99,6 +102,21 @@ def test_a_model_is_evaluated_by_its_name_and_its_command_gives_the_same(music, 
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
+@pytest.mark.parametrize("name, splits, warned", [("real", (), True), ("real", ("train",), True),
+                                                  ("real", ("validation", "test"), False), ("other", (), False)])
+def test_a_reference_of_the_training_music_is_warned_of(music, tmp_path, recwarn, name, splits, warned):
+    """A run knows the name of its data, no more."""
+    for path in find_model("nano").glob("*.*"):
+        shutil.copy(path, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["training"]["ancestor"]["data"] = name
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _check_reference(tmp_path, music / "real", splits)
+    _check_reference(music / "made", music / "real", splits)  # sound was trained on nothing
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == warned and all("--splits validation test leaves them out" in text for text in told)
+
+
 def test_a_store_of_other_spectrograms_is_refused(music, tmp_path):
     prepare(music / "made", tmp_path / "store", SPECTROGRAMS["paper-128"], splits=["train"], jobs=1)
     with pytest.raises(ValueError, match="holds other spectrograms than nano's"):
@@ -116,7 +134,7 @@ def test_a_store_of_other_spectrograms_is_refused(music, tmp_path):
     (["made", "nowhere"], "nowhere does not exist"),
     (["empty", "real"], "no sound file"),
     (["made", "real", "--out", "report.pdf"], "must end in .html"),
-    (["made", "real", "--out", "missing/report.html"], "can't be written to"),
+    (["made", "real", "--out", "missing/report.html"], "the folder missing does not exist; make it first"),
     (["made", "real", "--embeddings", "no/such"], "no/such can't be loaded"),
     (["made", "real", "--embeddings", "logmell"], "no embedding 'logmell'; give logmel,"),
     (["made", "real", "--embeddings"], "an embedding be named; not 2000, 0, 0 and none"),

@@ -173,7 +173,7 @@ def test_a_run_says_after_a_minute_what_is_left(tmp_path, capfd):
         for step in range(20):
             progress.step(24 + 40 * step, 400.0 + 10 * step, loss=0.5, norm=1.0)
     told = [line for line in capfd.readouterr().err.splitlines() if "blocks a second" in line]
-    assert told == ["4 blocks a second: 6.0 hours are left for 86,440 blocks; --images N asks for fewer"]
+    assert told == ["4 blocks a second: the rest of 86,440 blocks takes 6.0 hours; --images N asks for fewer"]
 
 
 @pytest.mark.parametrize("settings, pause, steps", [

@@ -5,6 +5,7 @@ __all__ = ['SPLITS', 'MIDI_ENDINGS', 'Recording', 'reason', 'find_recordings', '
            'find_soundfont', 'render_midi', 'read_recording']
 
 # %% ../nbs/04_recordings.ipynb #rec00003
+import contextlib
 import csv
 import io
 import json
@@ -14,9 +15,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -309,33 +313,125 @@ def find_soundfont(soundfont: str | os.PathLike | None = None) -> str:
     raise FileNotFoundError(f"{missing}; name one (.sf2) with --soundfont or "
                             "$PIANODIFF_SOUNDFONT")
 
+# %% ../nbs/04_recordings.ipynb #mid00002
+def _take(track: io.BytesIO, count: int) -> bytes:
+    """The next bytes of a track. Raises EOFError where there are fewer."""
+    if len(data := track.read(count)) < count:
+        raise EOFError
+    return data
 
+
+def _number(track: io.BytesIO) -> int:
+    """The next number, of up to four bytes. Raises EOFError for a longer one."""
+    value = 0
+    for _ in range(4):
+        (byte,) = _take(track, 1)
+        value = value << 7 | byte & 0x7F
+        if byte < 0x80:
+            return value
+    raise EOFError
+
+
+def _events(track: io.BytesIO) -> Iterator[tuple[int, int]]:
+    """Each event's tick, and the tempo that it sets: microseconds a beat, or 0.
+
+    Raises EOFError where the track ends without an end.
+    """
+    tick = status = kind = 0
+    while (status, kind) != (0xFF, 0x2F):  # the end of the track
+        tempo = 0
+        tick += _number(track)
+        if (byte := _take(track, 1)[0]) < 0x80:
+            track.seek(-1, io.SEEK_CUR)  # the same status as before
+        else:
+            status = byte
+        if status == 0xFF:
+            (kind,) = _take(track, 1)
+            data = _take(track, _number(track))
+            tempo = int.from_bytes(data, "big") if kind == 0x51 else 0
+        elif status >= 0xF0:
+            _take(track, _number(track))
+        else:
+            _take(track, 1 if 0xC0 <= status < 0xE0 else 2)
+        yield tick, tempo
+
+# %% ../nbs/04_recordings.ipynb #mid00004
+def _midi_seconds(midi: bytes) -> float:
+    """How long the events of a MIDI file last, in seconds."""
+    file, end, tempos = io.BytesIO(midi), 0, [(0, 500_000)]
+    ticks = int.from_bytes(file.read(14)[12:], "big")  # in a beat
+    while chunk := file.read(8):
+        track = io.BytesIO(file.read(int.from_bytes(chunk[4:], "big")))
+        if chunk[:4] == b"MTrk":
+            with contextlib.suppress(EOFError):
+                for tick, tempo in _events(track):
+                    end = max(end, tick)
+                    if tempo:
+                        tempos.append((tick, tempo))
+    tempos.sort(key=itemgetter(0))
+    parts = pairwise([*tempos, (end, 0)])
+    beats = sum((until - tick) * tempo for (tick, tempo), (until, _) in parts)
+    return beats / 1e6 / ticks if 0 < ticks < 0x8000 else 0.0  # else no beats at all
+
+# %% ../nbs/04_recordings.ipynb #mid00008
+_LONGEST = 2  # hours of MIDI
+_RINGING = 120  # seconds that the last notes may take to die away
+_PATIENCE = 600  # seconds for FluidSynth, besides those of the music
+
+
+def _errors(command: list[str], target: Path, most: float, seconds: float) -> list[str]:
+    """What FluidSynth says of errors.
+
+    Raises ValueError where it writes more than `most` bytes, or takes too long.
+    """
+    late = time.monotonic() + seconds
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True,
+                          errors="replace") as player:
+        try:
+            told = None
+            while told is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    told = player.communicate(timeout=0.1)[1]
+                if target.is_file() and target.stat().st_size > most:
+                    raise ValueError(f"it still sounds {_RINGING} s after its last "
+                                     "event; release its notes there")
+                if told is None and time.monotonic() > late:
+                    raise ValueError(f"FluidSynth took more than {seconds:.0f} s; copy "
+                                     "the MIDI file again")
+        finally:
+            player.kill()  # if it still runs
+    found = [line.partition("error:")[2].strip() for line in told.splitlines()
+             if "fluidsynth: error:" in line]
+    return found or [f"exit code {player.returncode}"] * bool(player.returncode)
+
+# %% ../nbs/04_recordings.ipynb #mid00009
 def render_midi(midi: bytes, soundfont: str | os.PathLike,
                 sample_rate: int = 8000) -> Tensor:
     """Play a MIDI file with FluidSynth: mono float32 `[T]` at `sample_rate` Hz.
 
     Raises FileNotFoundError if FluidSynth is not installed, ValueError if it can't play
-    the file on this soundfont.
+    the file on this soundfont, or if the file doesn't end within hours.
     """
     if not (exe := shutil.which("fluidsynth")):
         raise FileNotFoundError("FluidSynth is not installed; install the package "
                                 "fluidsynth to render MIDI")
     if midi[:4] != b"MThd":
         raise ValueError("this is not a MIDI file; copy it again")
+    if (seconds := _midi_seconds(midi)) > 3600 * _LONGEST:
+        raise ValueError(f"its events last {seconds / 3600:,.1f} hours, more than "
+                         f"{_LONGEST}; shorten a rest, or split it")
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in.mid"), Path(folder, "out.wav")
         source.write_bytes(midi)
         dry = ["-R", "0", "-C", "0"]  # no reverb and no chorus
-        rate = str(2 * sample_rate)  # soxr halves it
-        output = ["-g", "0.5", "-r", rate, "-O", "float", "-F", str(target)]
+        rate = 2 * sample_rate  # soxr halves it
+        output = ["-g", "0.5", "-r", str(rate), "-O", "float", "-F", str(target)]
         command = [exe, "-ni", *dry, *output, str(soundfont), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        errors = [line for line in done.stderr.splitlines()
-                  if "fluidsynth: error:" in line]
-        if errors or done.returncode or not target.is_file():
-            why = f"exit code {done.returncode}"
-            if errors:
-                why = errors[-1].partition("error:")[2].strip()
+        most = (1.1 * seconds + _RINGING) * rate * 8  # bytes: stereo, float
+        errors = _errors(command, target, most, _PATIENCE + seconds)
+        if errors or not target.is_file():
+            why = errors[-1] if errors else "it wrote nothing"
             raise ValueError(f"FluidSynth can't play it ({why}); copy the MIDI file or "
                              "the soundfont again")
         return load_audio(target, sample_rate)

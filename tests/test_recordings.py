@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import zarr
 
 import pianodiff
+from pianodiff import recordings
 from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import open_store, prepare
 from pianodiff.recordings import SPLITS, find_recordings, find_soundfont, render_midi
@@ -64,6 +66,17 @@ def midi_file(*pitches: int) -> bytes:
     return b"MThd\0\0\0\6\0\0\0\1\0\x60" + b"MTrk" + len(events).to_bytes(4, "big") + events
 
 
+def midi_of(events: bytes, division: int = 96) -> bytes:
+    track = events + b"\0\xff\x2f\0"
+    return b"MThd\0\0\0\6\0\0\0\1" + division.to_bytes(2, "big") + b"MTrk" + len(track).to_bytes(4, "big") + track
+
+
+NOTE = b"\0\x90\x3c\x50\x60\x80\x3c\0"
+ENDLESS = [midi_of(NOTE + b"\xff\xff\xff\x7f" + NOTE[1:]),                     # the time of one event
+           midi_of(NOTE + b"\xff\xff\xff\x7f\xff\1\0"),     # of an event without a sound
+           midi_of(b"\0\xff\x51\3\xff\xff\xff" + 99 * (b"\x87\x00" + NOTE[1:]), 1)], midi_of(NOTE[:4])
+
+
 def test_midi_stands_in_for_missing_audio(fluidsynth, shared_data, tmp_path):
     source = maestro(tmp_path / "music")
     for name, pitch in [("a", 57), ("b", 69)]:    # of a the audio is there too
@@ -88,6 +101,7 @@ def test_real_performances(fluidsynth, shared_data, tmp_path, monkeypatch):
     short = min(found, key=lambda r: r.duration)
     with zipfile.ZipFile(archive) as file, zipfile.ZipFile(tmp_path / "one.zip", "w") as one:
         one.writestr(f"{short.title}.mid", file.read(short.path))
+        assert short.duration <= recordings._midi_seconds(file.read(short.path)) < short.duration + 2
     monkeypatch.setenv("PIANODIFF_SOUNDFONT", str(shared_data / "fluidr3-piano.sf2"))
     report = prepare(tmp_path / "one.zip", tmp_path / "store", SpectrogramConfig(), jobs=1)
     assert short.duration <= 3600 * report["hours"]["train"] < short.duration + 10    # the last notes die away
@@ -104,6 +118,23 @@ def test_midi_that_cannot_be_played(fluidsynth, shared_data, tmp_path):
     for name in ("damaged.sf2", "no.sf2"):
         with pytest.raises(ValueError, match="FluidSynth can't play it.*soundfont again"):
             render_midi(midi_file(60), tmp_path / name)
+
+
+def test_midi_without_an_end(fluidsynth, shared_data, tmp_path, monkeypatch):
+    """A few bytes that ask for days, or for a note that is never released."""
+    piano, (days, never) = shared_data / "fluidr3-piano.sf2", ENDLESS
+    for midi in days:
+        with pytest.raises(ValueError, match=r"its events last [\d.]+ hours, more than 2; shorten a rest, or"):
+            render_midi(midi, piano)
+    assert 60 > len(render_midi(never, piano)) / 8000 > 20    # a piano's string dies away
+    monkeypatch.setattr(recordings, "_RINGING", 10)
+    for name, midi in {"never": never, "days": days[0], "good": midi_file(60)}.items():
+        (tmp_path / f"{name}.mid").write_bytes(midi)
+    report = prepare(tmp_path, tmp_path / "store", CFG, jobs=1, soundfont=piano)
+    assert report["recordings"] == 1 and report["skipped"].keys() == {"never.mid", "days.mid"}
+    assert "it still sounds 10 s after its last event; release its notes there" in report["skipped"]["never.mid"]
+    with pytest.raises(ValueError, match=r"FluidSynth took more than 0 s"):
+        recordings._errors([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "none", 1, 0)
 
 
 def test_a_missing_soundfont_or_fluidsynth_is_named(tmp_path, monkeypatch):

@@ -10,13 +10,16 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import fsspec
 import numpy as np
@@ -32,7 +35,10 @@ from .files import ahead, single_threaded
 from .recordings import MIDI_ENDINGS as MIDI_ENDINGS
 from .recordings import SPLITS as SPLITS
 from .recordings import Recording, absolute_path, find_soundfont, read_recording, reason, scan_source
+from .recordings import file_system as file_system
 from .recordings import find_recordings as find_recordings
+from .recordings import is_on_web as is_on_web
+from .recordings import is_stray as is_stray
 from .recordings import of_splits as of_splits
 from .recordings import render_midi as render_midi
 
@@ -105,23 +111,9 @@ def open_store(store: str | os.PathLike) -> Store:
                          "make it anew with `pianodiff prepare`") from error
 
 
-def _place(store: str) -> tuple[fsspec.AbstractFileSystem, str, bool]:
-    """The file system of a store, its root there, and whether it holds anything.
-
-    Raises ValueError where that can't be found out.
-    """
-    try:
-        fs, root = fsspec.core.url_to_fs(store)
-        return fs, root, fs.exists(root) and bool(fs.find(root))
-    except Exception as error:  # no library, no credentials, no network
-        raise ValueError(f"the store {store} can't be reached ({reason(error)}); check "
-                         "the address and your access, or give another place"
-                         ) from error
-
-
 def _open_group(store: str | os.PathLike, mode: Literal["r", "r+"]) -> zarr.Group:
     try:
-        return zarr.open_group(str(store), mode=mode)
+        return zarr.open_group(_address(store), mode=mode)
     except (FileNotFoundError, FileExistsError,
             zarr.errors.ContainsArrayError) as error:
         raise FileNotFoundError(f"{store} is not a spectrogram store; make one with "
@@ -145,6 +137,26 @@ def _attributes(group: zarr.Group, store: str | os.PathLike) -> dict[str, Any]:
                          f"{STORE_FORMAT}, " "or damaged; make one in another folder "
                          "with " "`pianodiff prepare`")
     return about
+
+# %% ../nbs/05_data.ipynb #dat00022
+def _place(store: str) -> tuple[fsspec.AbstractFileSystem, str, bool]:
+    """The file system of a store, its root there, and whether it holds anything.
+
+    Raises ValueError where that can't be found out.
+    """
+    try:
+        fs, root = file_system(store)
+        found = fs.find(root) if fs.exists(root) else []
+        return fs, root, not all(is_stray(path) for path in found)
+    except Exception as error:  # no library, no credentials, no network
+        raise ValueError(f"the store {store} can't be reached ({reason(error)}); check "
+                         "the address and your access, or give another place"
+                         ) from error
+
+
+def _address(store: str | os.PathLike) -> str | Path:
+    """A store as Zarr takes it: what is no URL is a path, whatever its name."""
+    return str(store) if "://" in str(store) else Path(store)
 
 # %% ../nbs/05_data.ipynb #0efa2ef5
 def _prepare_one(recording: Recording, source: str, store: str, cfg: SpectrogramConfig,
@@ -309,7 +321,7 @@ def _claim_store(store: str, cfg: SpectrogramConfig, source: str) -> zarr.Group:
             raise ValueError(f"{store} exists and is not a spectrogram store; give "
                              "another folder") from None
         with _writing(store):
-            return zarr.open_group(store, mode="w-", attributes=about)
+            return zarr.open_group(_address(store), mode="a", attributes=about)
     kept = _attributes(group, store)
     old = {"source": kept["source"], **kept["spectrogram"]}
     new = {"source": source, **about["spectrogram"]}
@@ -325,9 +337,12 @@ def _finished(group: zarr.Group) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for one whose metadata are damaged.
     """
+    stray = r"(?i)Object at (thumbs\.db|desktop\.ini|\.ds_store|\._.*) is not"
     try:
-        return {name: dict(a.attrs.asdict()) for name, a in group.arrays()
-                if "histogram" in a.attrs}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", stray)
+            return {name: dict(a.attrs.asdict()) for name, a in group.arrays()
+                    if "histogram" in a.attrs}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"a zarr.json in the store {group.store} is damaged "
                          f"({reason(error)}); delete its folder and run again"
@@ -358,8 +373,10 @@ def _choose(
 
     Raises ValueError if there are none.
     """
-    recordings, listed = scan_source(source)
+    recordings, listed, remarks = scan_source(source)
     chosen = of_splits(recordings, source, splits)
+    for remark in remarks:
+        print(remark, file=sys.stderr)
     if not listed:
         print(f"{counted(len(recordings), 'recording')} and no index: the files' names "
               "decide the splits", file=sys.stderr)
@@ -374,12 +391,28 @@ def _check_listed(finished: Iterable[str], recordings: Sequence[Recording], stor
                          "lacks; give another folder, or delete it in the store")
 
 
-def _refresh(finished: dict[str, dict[str, Any]],
-             recordings: Sequence[Recording]) -> None:
-    """Give finished arrays the splits and titles of today's index."""
+def _as_kept(recordings: Sequence[Recording], finished: Iterable[str],
+             source: str) -> list[Recording]:
+    """The recordings, by the ids that the store has for them.
+
+    Before 0.2 the names in a folder on the web were quoted twice.
+    """
+    older = dict(zip(recordings, recordings, strict=True))
+    if is_on_web(source):
+        kept = set(finished) - {r.id for r in recordings}
+        for r in recordings:
+            twice = replace(r, path=quote(r.path))
+            older[r] = twice if twice.id in kept else r
+    return list(older.values())
+
+
+def _refreshed(finished: dict[str, dict[str, Any]],
+               recordings: Sequence[Recording]) -> Iterable[dict[str, Any]]:
+    """The attributes of finished arrays, with today's splits and titles."""
     for r in recordings:
         if r.id in finished:
             finished[r.id] |= {"split": r.split, "title": r.title}
+    return finished.values()
 
 # %% ../nbs/05_data.ipynb #4e78dae6
 def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: SpectrogramConfig,
@@ -412,6 +445,7 @@ def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: Spectrogra
     ours = [path for path in (f"{root}/zarr.json", root) if not fs.exists(path)]
     group = _claim_store(store, cfg, source.rstrip("/").rpartition("/")[2])
     finished = _finished(group)
+    recordings, chosen = (_as_kept(r, finished, source) for r in (recordings, chosen))
     _check_listed(finished, recordings, store, source)
     todo = [r for r in chosen if r.id not in finished]
     todo.sort(key=lambda r: -r.duration)  # so that cores end together
@@ -431,9 +465,8 @@ def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: Spectrogra
         path, why = next(iter(skipped.items()))
         raise ValueError(f"none of the {len(chosen)} recordings in {source} can be "
                          f"used; {path}: {why}")
-    _refresh(finished, recordings)
     with _writing(store):
-        group.update_attributes(_summary(finished.values()))
+        group.update_attributes(_summary(_refreshed(finished, recordings)))
     return {"hours": open_store(store).hours, "recordings": len(finished), "new": new,
             "bytes": fs.du(root), "skipped": skipped}
 
@@ -510,8 +543,9 @@ def _open_array(group: zarr.Group, recording: dict[str, Any], info: Store) -> An
 
     Raises FileNotFoundError where it is missing, ValueError where it is half-written.
     """
+    name = recording["id"]
     try:
-        array: Any = group[recording["id"]]
+        array: Any = group[quote(name) if is_on_web(info.url) else name]
     except KeyError as error:
         raise FileNotFoundError(f"the store {info.url} lacks {recording['id']}; copy "
                                 "it again, or run the same `pianodiff prepare` again"

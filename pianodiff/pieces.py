@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import math
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +34,7 @@ from .files import cached, in_order
 from .generate import Piano, Sampling
 from .model import find_model
 from .phases import to_wave
-from .recordings import MIDI_ENDINGS, Recording, find_recordings, find_soundfont, of_splits, read_recording
+from .recordings import MIDI_ENDINGS, Recording, find_soundfont, of_splits, read_recording, scan_source
 
 # %% ../nbs/13_pieces.ipynb #daa95370
 class Piece(NamedTuple):
@@ -218,7 +219,10 @@ def read_pieces(
     Raises FileNotFoundError or ValueError if the source can't be used or holds nothing
     of a block's length.
     """
-    recordings = of_splits(find_recordings(source), source, splits)
+    recordings, _, remarks = scan_source(source)
+    recordings = of_splits(recordings, source, splits)
+    for remark in remarks:
+        print(f"{source}: {remark}", file=sys.stderr)
     if blocks:
         order = _one_of_each_title_first([r.title for r in recordings], seed)
         recordings = [recordings[i] for i in order]

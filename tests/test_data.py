@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +35,7 @@ IDS = {f"2004--{name}.wav" for name in SPLIT}
 
 def contents(store: Path | str) -> dict[str, tuple]:
     """All that a store says and holds, but for the name of its source."""
-    group = zarr.open_group(str(store), mode="r")
+    group = zarr.open_group(str(store) if "://" in str(store) else Path(store), mode="r")
     about = {key: value for key, value in group.attrs.asdict().items() if key != "source"}
     return {"": about} | {name: (array.attrs.asdict(), array[:].tolist()) for name, array in group.arrays()}
 
@@ -62,7 +64,7 @@ def mine(store, tmp_path) -> Path:
 
 # Layouts
 
-@pytest.mark.parametrize("kind", ["csv", "json"])
+@pytest.mark.parametrize("kind", ["csv", "json", "rows"])
 @pytest.mark.parametrize("inside", [None, "", "maestro-v9/data"], ids=["folder", "zip", "folder in a zip"])
 def test_maestros_layout(kind, inside, store, tmp_path):
     source = maestro(tmp_path / "music", kind)
@@ -129,6 +131,69 @@ def test_names_in_any_script_and_of_any_length(tmp_path):
         save_audio(tmp_path / "音楽" / name, sound(seed, 0.2))
     assert prepare(tmp_path / "音楽", tmp_path / "store", CFG, jobs=1)["recordings"] == 4
     assert len(BlockDataset(tmp_path / "store", "train", random_offset=False)) == 2 * 1
+
+
+NAMES = ["my song.wav", "été.wav", "50% #1?.wav", "a::b.wav", "a%20b.wav", "x/y.wav", "x--y.wav", "[1]*&'.wav"]
+
+
+@pytest.fixture(scope="module")
+def odd_names(tmp_path_factory) -> tuple[Path, Path]:
+    """A folder of recordings with such names, and the store that is made of it."""
+    music = tmp_path_factory.mktemp("odd") / "music"
+    for seed, name in enumerate(NAMES):
+        (music / name).parent.mkdir(parents=True, exist_ok=True)
+        save_audio(music / name, sound(seed, 0.2))
+    prepare(music, music.parent / "store", CFG, jobs=1)
+    return music, music.parent / "store"
+
+
+def test_odd_names_in_folders_and_zip_files(odd_names, tmp_path):
+    music, store = odd_names
+    assert {r["title"] for r in open_store(store).recordings} == {Path(name).stem for name in NAMES}
+    assert len(os.listdir(store)) == len(NAMES) + 1
+    (tmp_path / "::50% #1").mkdir()
+    place = tmp_path / "::50% #1"
+    shutil.copytree(music, place / "music.zip")    # a folder, whatever its name says
+    sources = {place / "music.zip": place / "store::1", zipped(music, place / "odd names.zip"): place / "store 2%20#"}
+    for source, made in sources.items():
+        for new in (len(NAMES), 0):
+            assert prepare(source, made, CFG, jobs=1)["new"] == new
+        assert contents(made) == contents(store)
+        for split in open_store(made).hours:
+            assert len(list(BlockDataset(made, split, random_offset=False)))
+
+
+def test_names_that_are_not_utf_8(tmp_path, monkeypatch):
+    music = os.fsdecode(os.fsencode(tmp_path) + b"/m\xfcsic")
+    os.makedirs(music)
+    for seed, name in enumerate([b"\xe9tude.wav", b"b.wav", "\u00e9.wav".encode()]):
+        save_audio(tmp_path / "a.wav", sound(seed, 0.2))
+        shutil.move(tmp_path / "a.wav", os.fsdecode(os.fsencode(music) + b"/" + name))
+    store = os.fsdecode(os.fsencode(tmp_path) + b"/st\xf6re")
+    for new in (3, 0):
+        assert prepare(music, store, CFG, jobs=1)["new"] == new
+    assert {r["id"] for r in open_store(store).recordings} == {"%E9tude.wav", "b.wav", "%C3%A9.wav"}
+    assert {r["title"] for r in open_store(store).recordings} == {"\ufffdtude", "b", "\u00e9"}
+    for split in open_store(store).hours:
+        BlockDataset(store, split, random_offset=False, in_memory=True)
+
+
+def test_what_desktops_leave_behind(music, store, tmp_path):
+    mine = tmp_path / "store"
+    mine.mkdir()
+    strays = [".DS_Store", "Thumbs.db", "desktop.ini", "._zarr.json"]
+    for name in strays:
+        (mine / name).write_bytes(b"")
+    for new in (4, 0):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert prepare(music, mine, CFG, jobs=1)["new"] == new
+        for name in strays:
+            (mine / "2004--a.wav" / name).write_bytes(b"")
+            (mine / "2004--a.wav/c" / name).write_bytes(b"")
+    for name in strays:
+        (mine / name).unlink()
+    assert contents(mine) == contents(store)
 
 
 def test_another_sample_rate(music, tmp_path):
@@ -622,7 +687,7 @@ def bucket(monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_s3(bucket, music, store, tmp_path):
+def test_s3(bucket, music, store, odd_names, tmp_path):
     import s3fs
 
     url = f"{bucket}/deep/store"
@@ -641,6 +706,10 @@ def test_s3(bucket, music, store, tmp_path):
     for source in ("music", "music.zip"):
         prepare(f"{bucket}/{source}", tmp_path / f"of {source}", CFG, jobs=1)
         assert contents(tmp_path / f"of {source}") == contents(store)
+    odd, made = odd_names
+    s3fs.S3FileSystem().put(str(odd), f"{bucket}/odd", recursive=True)
+    prepare(f"{bucket}/odd", f"{bucket}/odd store", CFG, jobs=1)
+    assert contents(f"{bucket}/odd store") == contents(made)
     elsewhere = s3fs.S3FileSystem(skip_instance_cache=True)    # another program, which adds a recording
     elsewhere.put(str(music / "2004/a.wav"), f"{bucket}/plain/a.wav")
     assert len(find_recordings(f"{bucket}/plain")) == 1
@@ -675,20 +744,43 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_http(music, store, tmp_path):
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a web server."""
     pytest.importorskip("aiohttp", reason="aiohttp is missing: pip install -e '.[s3]'")
-    shutil.copytree(music, tmp_path / "served/music")
-    zipped(music, tmp_path / "served/music.zip")
-    handler = functools.partial(Handler, directory=str(tmp_path / "served"))
+    handler = functools.partial(Handler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_http(music, store, tmp_path):
+    shutil.copytree(music, tmp_path / "served/music")
+    zipped(music, tmp_path / "served/music.zip")
+    with served(tmp_path / "served") as address:
         for source in ("music/", "music.zip"):
             prepare(f"{address}/{source}", tmp_path / source, CFG, jobs=1)
             assert contents(tmp_path / source) == contents(store)
         with pytest.raises(FileNotFoundError, match="nothing.zip does not exist"):
             prepare(f"{address}/nothing.zip", tmp_path / "store", CFG, jobs=1)
-        server.shutdown()
+
+
+def test_odd_names_on_the_web(odd_names, tmp_path):
+    music, store = odd_names
+    zipped(music, music.parent / "music.zip")
+    with served(music.parent) as address:
+        for source in ("music/", "music.zip"):
+            prepare(f"{address}/{source}", tmp_path / source, CFG, jobs=1)
+            assert contents(tmp_path / source) == contents(store)
+        old = shutil.copytree(tmp_path / "music", tmp_path / "old")    # of a version that quoted twice
+        shutil.move(old / "my%20song.wav", old / "my%2520song.wav")
+        for about in (old / "zarr.json", old / "my%2520song.wav/zarr.json"):
+            about.write_text(about.read_text().replace('"my%20song.wav', '"my%2520song.wav'))
+        assert prepare(f"{address}/music/", old, CFG, jobs=1)["new"] == 0
+        for split in open_store(store).hours:
+            here, there = (BlockDataset(place, split, random_offset=False) for place in (store, f"{address}/store"))
+            assert all(torch.equal(here[i]["spec"], there[i]["spec"]) for i in range(len(here)))
 
 
 def test_dask(music, store, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import zarr
 
 import pianodiff
 from pianodiff import recordings
-from pianodiff.audio import SpectrogramConfig, save_audio
+from pianodiff.audio import AUDIO_FORMATS, SpectrogramConfig, save_audio
 from pianodiff.data import open_store, prepare
 from pianodiff.recordings import SPLITS, find_recordings, find_soundfont, render_midi
 
@@ -34,7 +34,9 @@ def sound(seed: int, seconds: float) -> torch.Tensor:
 def write_index(folder: Path, splits: dict[str, str], kind: str = "csv") -> None:
     rows = [["Somebody", f"piece {name}", split, f"2004/{name}.midi", f"2004/{name}.wav", SECONDS.get(name, 1)]
             for name, split in splits.items()]
-    if kind == "csv":
+    if kind == "rows":    # as in MAESTRO's first two versions
+        (folder / "maestro-v9.json").write_text(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows]))
+    elif kind == "csv":
         with open(folder / "maestro-v9.csv", "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
     else:
@@ -166,7 +168,9 @@ COLUMNWISE = {"canonical_composer": {"0": "Bach", "1": "Satie"}, "split": {"0": 
     ("maestro-v3.json", json.dumps(COLUMNWISE)[:30], "Unterminated string"),
     ("index.json", json.dumps(COLUMNWISE | {"split": {"0": "train"}}), "row 2 does not have one value for each column"),
     ("index.json", json.dumps(COLUMNWISE | {"split": ["train", "test"]}), "it needs one {row: value} mapping"),
-    ("index.json", json.dumps([{"split": "train", "audio_filename": "a.wav"}]), "it needs one {row: value} mapping"),
+    ("index.json", json.dumps([COLUMNWISE, ["split"]]), "it needs one {row: value} mapping for each column, or a list"),
+    ("index.json", json.dumps([{"split": "train", "audio_filename": "a.wav"}, {}]), "row 2 does not have one value"),
+    ("maestro-v2.json", "[" * 100_000, "recursion"),
     ("index.csv", INDEX.encode("utf-16"), "utf-8"),
     ("index.csv", INDEX[:-3], "row 2 does not have one value for each column"),
     ("index.csv", INDEX.replace("a.wav", "a,1.wav"), "row 1 does not have one value for each column"),
@@ -222,3 +226,119 @@ def test_an_index_with_a_bad_row(tmp_path):
         (tmp_path / "index.csv").write_text(f"split,audio_filename,duration\ntrain,a.wav,1\n{row}\n")
         with pytest.raises(ValueError, match=message):
             find_recordings(tmp_path)
+
+
+# What people keep
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def rows(*names: str) -> str:
+    return "split,audio_filename\n" + "".join(f"train,{name}\n" for name in names)
+
+
+def told(source: Path) -> tuple[list[str], list[str]]:
+    """The paths that are found, and the remarks."""
+    found, _, remarks = recordings.scan_source(source)
+    return [r.path for r in found], remarks
+
+
+@pytest.mark.parametrize("name, there, found", [
+    ("2004/a.wav", ["2004/a.flac", "2004/a.midi"], "2004/a.flac"),
+    ("2004/a.wav", ["2004/a.FLAC"], "2004/a.FLAC"),
+    ("2004/a.wav", ["2004/a.wav", "2004/a.flac"], "2004/a.wav"),
+    ("2004/a.wav", ["2005/a.wav"], "2004/a.wav"),    # which is missing
+    ("2004/No. 1.wav", ["2004/No. 1.opus", "2004/No. 2.wav"], "2004/No. 1.opus"),
+    ("./2004/a.wav", ["2004/a.wav"], "./2004/a.wav"),    # as older stores have it
+    ("./2004/a.wav", ["2004/a.flac"], "2004/a.flac"),
+    ("2004\\a.wav", ["2004/a.wav"], "2004/a.wav"),
+    ("\u00e9.wav", ["e\u0301.wav"], "e\u0301.wav"),
+])
+def test_a_row_finds_its_recording(name, there, found, tmp_path):
+    (touch(tmp_path, *there) / "index.csv").write_text(rows(name), encoding="utf-8")
+    assert told(tmp_path)[0] == [found]
+
+
+def test_what_is_replaced_or_passed_over_is_told(tmp_path):
+    folder = touch(tmp_path, "a.flac", "b.mid", "c.wav", "d.wav", "e.opus", "e.mid", "1.jpg", "._a.flac", "Thumbs.db")
+    assert told(folder) == (["a.flac", "b.mid", "c.wav", "d.wav", "e.opus"],
+                            ["passed over, being neither sound nor MIDI: 1 .jpg",
+                             "passed over, being MIDI beside sound of the same name: 1"])
+    index = "split,audio_filename,midi_filename\ntrain,a.wav,a.mid\ntrain,b.wav,b.mid\ntrain,c.wav,c.mid\n"
+    (folder / "index.csv").write_text(index)
+    assert told(folder) == (["a.flac", "b.mid", "c.wav"], [
+        "played from MIDI, for want of the sound that index.csv names: 1 (b.mid)",
+        "read with another ending than index.csv names: 1 (a.flac)",
+        "passed over, since index.csv does not list them: 3 (d.wav, ...)"])
+    (folder / "index.csv").write_text(rows("a.wav", "a.mp3"))    # one file for both
+    with pytest.raises(ValueError, match="lists a.flac twice"):
+        find_recordings(folder)
+
+
+def test_all_endings_of_sound(tmp_path):
+    touch(tmp_path, *(f"{ending[1:]}{ending.upper()}" for ending in recordings.AUDIO_ENDINGS), "x.m4a", "y.m4a", "z")
+    paths, remarks = told(tmp_path)
+    assert len(paths) == len(recordings.AUDIO_ENDINGS) and set(AUDIO_FORMATS) <= set(recordings.AUDIO_ENDINGS)
+    assert remarks == ["passed over, being neither sound nor MIDI: 2 .m4a, 1 z"]
+    with pytest.raises(ValueError, match=r"no sound file \(passed over, .* 1 \.wma\); give another folder"):
+        find_recordings(touch(tmp_path / "none", "a.wma"))
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    music, disk = tmp_path / "music", touch(tmp_path / "disk", "2004/a.wav", "2006/b.wav")
+    touch(music, "z.wav", "real/c.wav")
+    touch(tmp_path, "d.wav")
+    for link, target in [("2004", disk / "2004"), ("all", disk), ("again", disk), ("real/up", music), ("loop", music),
+                         ("outside", tmp_path), ("0", music / "real"), ("gone", tmp_path / "gone")]:
+        (music / link).symlink_to(target)
+    (disk / "2006/back").symlink_to(disk)
+    paths = told(music)[0]
+    assert paths == [r.path for r in find_recordings(str(music) + "/")] and len(paths) == 4
+    assert {"z.wav", "real/c.wav"} < set(paths) and sorted(Path(p).name for p in paths) == ["a.wav", "b.wav", "c.wav",
+                                                                                            "z.wav"]
+    (tmp_path / "linked").symlink_to(music)
+    assert told(tmp_path / "linked")[0] == paths
+
+
+class Unflagged(zipfile.ZipInfo):
+    """An entry of a zip file that does not tell its name's encoding."""
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.filename.encode("cp437"), 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp437", "cp850", "cp932"])
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_zip_files_of_other_systems(encoding, separator, tmp_path):
+    """Names without a note of their encoding, folders as Windows writes them."""
+    name = "音楽" if encoding == "cp932" else "été"
+    names = [f"data/{name}/a.wav", f"data/{name}/b.flac", "data/index.csv", "__MACOSX/data/._index.csv"]
+    with zipfile.ZipFile(tmp_path / "music.zip", "w") as file:
+        for path in names:
+            info = Unflagged(path.replace("/", separator).encode(encoding).decode("cp437"))
+            file.writestr(info, rows(f"{name}/a.wav", f"{name}/b.wav") if path.endswith(".csv") else path.encode())
+    found, remarks = told(tmp_path / "music.zip")
+    opened = recordings._open_source(str(tmp_path / "music.zip"))
+    assert [opened.read(path).decode() for path in found] == names[:2]
+    assert len(remarks) == 1 and "another ending" in remarks[0]
+
+
+def test_a_dot_in_the_names_of_a_zip_file(tmp_path):
+    with zipfile.ZipFile(tmp_path / "music.zip", "w") as file:
+        for path in ("./a.wav", "./.hidden/b.wav", "./c/d.wav"):
+            file.writestr(path, path)
+    assert told(tmp_path / "music.zip")[0] == ["./a.wav", "./c/d.wav"]
+    with zipfile.ZipFile(tmp_path / "music.zip", "a") as file:
+        file.writestr("./index.csv", rows("a.wav", "./c/d.wav"))
+    opened = recordings._open_source(str(tmp_path / "music.zip"))
+    assert [opened.read(path) for path in told(tmp_path / "music.zip")[0]] == [b"./a.wav", b"./c/d.wav"]
+
+
+def test_two_paths_of_one_id(tmp_path):
+    touch(tmp_path, "a/b.wav", "a--b.wav", "a/c.wav")
+    ids = {r.path: r.id for r in find_recordings(tmp_path)}
+    assert ids == {"a/b.wav": "a%2Fb.wav", "a--b.wav": "a%2D%2Db.wav", "a/c.wav": "a--c.wav"}

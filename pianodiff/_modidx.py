@@ -16,6 +16,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'pianodiff.audio.Wave.__reduce_ex__': ('audio.html#wave.__reduce_ex__', 'pianodiff/audio.py'),
                                  'pianodiff.audio.Wave.__repr__': ('audio.html#wave.__repr__', 'pianodiff/audio.py'),
                                  'pianodiff.audio.Wave._repr_html_': ('audio.html#wave._repr_html_', 'pianodiff/audio.py'),
+                                 'pianodiff.audio._Forwards': ('audio.html#_forwards', 'pianodiff/audio.py'),
+                                 'pianodiff.audio._Forwards.seekable': ('audio.html#_forwards.seekable', 'pianodiff/audio.py'),
                                  'pianodiff.audio.__getattr__': ('audio.html#__getattr__', 'pianodiff/audio.py'),
                                  'pianodiff.audio._check_finite': ('audio.html#_check_finite', 'pianodiff/audio.py'),
                                  'pianodiff.audio._check_there': ('audio.html#_check_there', 'pianodiff/audio.py'),

@@ -224,7 +224,8 @@ class SoundFacts(NamedTuple):
 
 
 def sound_facts(path: str | os.PathLike[str]) -> SoundFacts:
-    """What is known of a sound file before its samples are read.
+    """What is known of a sound file before its samples are read; they are read if it
+    doesn't tell how many there are.
 
     Raises FileNotFoundError for a missing file, and ValueError for one that can't be
     read as sound.
@@ -232,11 +233,13 @@ def sound_facts(path: str | os.PathLike[str]) -> SoundFacts:
     _check_there(path)
     with _opened(path, str(path)) as file:
         comment, rate = file.comment, file.samplerate
-        seconds, kind = file.frames / rate, f"{file.format}, {file.subtype_info}"
+        frames, kind = file.frames, f"{file.format}, {file.subtype_info}"
+    if frames > 2**62:  # the file doesn't tell
+        frames = len(load_audio(path, rate))
     if kind.startswith("MP3"):  # libsndfile takes UTF-8 there for Latin-1
         with contextlib.suppress(UnicodeError):
             comment = comment.encode("latin-1").decode()
-    return SoundFacts(seconds, rate, kind, comment)
+    return SoundFacts(frames / rate, rate, kind, comment)
 
 # %% ../nbs/02_audio.ipynb #4d1b638c
 def save_audio(

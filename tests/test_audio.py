@@ -25,6 +25,7 @@ from pianodiff.audio import (
     load_audio,
     normalize_peak,
     save_audio,
+    sound_facts,
     sound_file,
     to_flac,
     to_magnitude,
@@ -231,12 +232,14 @@ def test_ogg_streams_that_follow_one_another_are_read(subtype):
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
-def test_a_flac_of_unknown_length_is_read_to_its_end(subtype):
+def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path, subtype):
     noise = np.random.default_rng(0).normal(0, 0.1, (20_000, 2))
     whole = wav_bytes(noise, "FLAC", subtype)
     unknown = whole[:21] + bytes([whole[21] & 0xF0]) + bytes(4) + whole[26:]
     for data in (unknown, unknown + b"TAG" + bytes(125)):
         assert torch.equal(heard(data, 44_100), heard(whole, 44_100))
+    (tmp_path / "x.flac").write_bytes(unknown)
+    assert sound_facts(tmp_path / "x.flac").seconds == 20_000 / 44_100
 
 
 def test_a_header_may_promise_more_than_memory_holds():

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import importlib
 import io
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from .files import check_complete, whole_file
+from .files import whole_file, whole_sounds
 
 # %% ../nbs/02_audio.ipynb #2647902e
 def _check_finite(wave: Tensor, name: str = "the wave") -> None:
@@ -34,11 +35,20 @@ def _check_there(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{path} is not a file; give the path of a sound file")
 
 
+class _Forwards(soundfile.SoundFile):
+    """A sound file that is read from its beginning to its end, however long it says
+    that it is.
+    """
+
+    def seekable(self) -> bool:
+        return False  # some codecs can't seek, and no others need to
+
+
 @contextlib.contextmanager
 def _opened(file: Any, name: str) -> Iterator[soundfile.SoundFile]:
     """A sound file to read; ValueError, which calls it `name`, where that fails."""
     try:
-        with soundfile.SoundFile(file) as sound:
+        with _Forwards(file) as sound:
             yield sound
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".")
@@ -48,25 +58,25 @@ def _opened(file: Any, name: str) -> Iterator[soundfile.SoundFile]:
         ) from error
 
 
-def _decoded(
-    path: str | os.PathLike[str] | io.BytesIO, name: str
-) -> tuple[Tensor, int]:
-    """The samples `[T, C]` of a complete sound file, and their rate in Hz."""
-    if isinstance(path, io.BytesIO):
-        data = path.getvalue()
-    else:
-        _check_there(path)
-        data = Path(path).read_bytes()
-    check_complete(data, name)
+def _decoded(data: bytes, name: str) -> tuple[int, Tensor]:
+    """The rate of a complete sound file in Hz, and its channels' mean `[T]`."""
+    pieces = [torch.zeros(0)]
     with _opened(io.BytesIO(data), name) as file:
-        rate, frames = file.samplerate, file.frames
-        samples = file.read(dtype="float32", always_2d=True)
-    if len(samples) < frames:
+        rate, told = file.samplerate, file.frames
+        if file.format == "MP3":
+            told = 0  # it may be a guess; `whole_sounds` has counted the frames
+        while True:
+            piece = file.read(2**20 // file.channels, "float32", always_2d=True)
+            if not len(piece):
+                break
+            pieces.append(torch.from_numpy(piece).mean(1))
+    wave = torch.cat(pieces)
+    if len(wave) < told < 2**62:  # beyond that, the file doesn't tell
         raise ValueError(
-            f"{name} is truncated: {len(samples):,} of {frames:,} samples; "
+            f"{name} is truncated: {len(wave):,} of {told:,} samples; "
             "copy or record it again"
         )
-    return torch.from_numpy(samples), rate
+    return rate, wave
 
 # %% ../nbs/02_audio.ipynb #d13b7a60
 def load_audio(
@@ -75,7 +85,8 @@ def load_audio(
     """Read any sound that soundfile reads as mono float32 `[T]` at `sample_rate` Hz
     (section III-B).
 
-    Channels are averaged. soxr changes the rate; its low-pass removes what the new rate
+    Channels are averaged. Files that were joined, such as MP3 or OGG files, are read
+    one after the other. soxr changes the rate; its low-pass removes what the new rate
     can't hold. Raises FileNotFoundError for a missing file and ValueError for one that
     is no audio, empty, truncated or not finite, for a rate below a hundredth of
     `sample_rate`, and for a `sample_rate` that is no whole number of at least 1.
@@ -85,14 +96,22 @@ def load_audio(
             f"sample_rate must be a whole number of at least 1, not {sample_rate}"
         )
     name = "the sound" if isinstance(path, io.BytesIO) else str(path)
-    samples, rate = _decoded(path, name)
-    if 100 * rate < sample_rate:
-        raise ValueError(
-            f"{name} has {rate:,} samples a second, too few for {sample_rate:,}; "
-            "give a better recording"
-        )
-    mono = samples.mean(1).numpy()  # NumPy's own mean is slow along so short an axis
-    wave = torch.from_numpy(soxr.resample(mono, rate, sample_rate))
+    if isinstance(path, io.BytesIO):
+        data = path.getvalue()
+    else:
+        _check_there(path)
+        data = Path(path).read_bytes()
+    waves = []
+    sounds = (_decoded(sound, name) for sound in whole_sounds(data, name))
+    for rate, same in itertools.groupby(sounds, lambda sound: sound[0]):
+        if 100 * rate < sample_rate:
+            raise ValueError(
+                f"{name} has {rate:,} samples a second, too few for {sample_rate:,}; "
+                "give a better recording"
+            )
+        mono = torch.cat([wave for _, wave in same]).numpy()
+        waves.append(torch.from_numpy(soxr.resample(mono, rate, sample_rate)))
+    wave = torch.cat(waves)
     if not len(wave):
         raise ValueError(
             f"{name} holds no sound (it is empty or cut off); give a longer one"
@@ -205,7 +224,8 @@ class SoundFacts(NamedTuple):
 
 
 def sound_facts(path: str | os.PathLike[str]) -> SoundFacts:
-    """What is known of a sound file before its samples are read.
+    """What is known of a sound file before its samples are read; they are read if it
+    doesn't tell how many there are.
 
     Raises FileNotFoundError for a missing file, and ValueError for one that can't be
     read as sound.
@@ -213,11 +233,13 @@ def sound_facts(path: str | os.PathLike[str]) -> SoundFacts:
     _check_there(path)
     with _opened(path, str(path)) as file:
         comment, rate = file.comment, file.samplerate
-        seconds, kind = file.frames / rate, f"{file.format}, {file.subtype_info}"
+        frames, kind = file.frames, f"{file.format}, {file.subtype_info}"
+    if frames > 2**62:  # the file doesn't tell
+        frames = len(load_audio(path, rate))
     if kind.startswith("MP3"):  # libsndfile takes UTF-8 there for Latin-1
         with contextlib.suppress(UnicodeError):
             comment = comment.encode("latin-1").decode()
-    return SoundFacts(seconds, rate, kind, comment)
+    return SoundFacts(frames / rate, rate, kind, comment)
 
 # %% ../nbs/02_audio.ipynb #4d1b638c
 def save_audio(

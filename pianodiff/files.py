@@ -2,20 +2,22 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'write_whole', 'plain', 'whole_folder', 'load_tensors', 'save_tensors', 'cached', 'check_complete',
-           'ahead', 'single_threaded', 'in_order', 'seed_of', 'generator']
+           'whole_sounds', 'ahead', 'single_threaded', 'in_order', 'seed_of', 'generator']
 
 # %% ../nbs/25_files.ipynb #5ac849b9
 import contextlib
 import math
 import os
+import re
 import shutil
 import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -155,21 +157,53 @@ def cached(
             save_tensors(path, tensors)
     return tensors
 
-# %% ../nbs/25_files.ipynb #f6e07b39
-def _chunk_ends(data: bytes) -> Iterator[int]:
-    """Where the chunks of a WAV or AIFF file should end: the whole file's, then each up
-    to that of the samples.
+# %% ../nbs/25_files.ipynb #50a1d001
+class _Chunks(NamedTuple):
+    """How the chunks of a container lie."""
+
+    first: int  # where the first one begins
+    name: int  # bytes of a name
+    size: int  # bytes of a size
+    order: Literal["little", "big"]
+    counted: int = 0  # bytes before its content that a size counts
+    step: int = 2  # each chunk begins at a multiple of this
+
+
+_CHUNKS = {
+    b"RIFF": _Chunks(12, 4, 4, "little"),
+    b"RIFX": _Chunks(12, 4, 4, "big"),
+    b"RF64": _Chunks(12, 4, 4, "little"),
+    b"FORM": _Chunks(12, 4, 4, "big"),
+    b"caff": _Chunks(8, 4, 8, "big", step=1),
+    b"riff": _Chunks(40, 16, 8, "little", counted=24, step=8),  # W64
+    b".snd": _Chunks(4, 4, 4, "big"),  # AU, which has no names
+    b"dns.": _Chunks(4, 4, 4, "little"),
+}
+
+
+def _samples(data: bytes) -> tuple[int, int]:
+    """Where the samples of a container begin, and where they should end: where they
+    begin, if the file doesn't tell.
     """
-    order: Literal["little", "big"] = "little" if data[:4] == b"RIFF" else "big"
-    start = 0
-    while start + 8 <= len(data):
-        end = start + 8 + int.from_bytes(data[start + 4 : start + 8], order)
-        yield end
-        if data[start : start + 4] in (b"data", b"SSND"):
-            return
-        start = end + end % 2 if start else 12  # the first chunk holds the others
+    at, name, width, order, counted, step = _CHUNKS[data[:4]]
+    while True:
+        begin = at + name + width
+        size = int.from_bytes(data[at + name : begin], order) - counted
+        if begin > len(data):
+            return begin, begin + 1
+        if data[at : at + 4] in (b"data", b"SSND", b"BODY"):
+            break
+        if data[1:4] in (b"snd", b"ns."):
+            begin = int.from_bytes(data[at : at + 4], order)
+            break
+        at = begin + max(size, 0)
+        at += -at % step
+    if data[:4] == b"RF64" and size == 0xFFFFFFFF:  # its first chunk knows more
+        size, width = int.from_bytes(data[28:36], order), 8
+    placeholder = size >> (8 * width - 8) >= 0x7E
+    return begin, begin + (0 if placeholder else size)
 
-
+# %% ../nbs/25_files.ipynb #f6e07b39
 def _last_page_end(data: bytes) -> int:
     """Where the last page of an OGG stream should end, or a point beyond the file if
     that page isn't there.
@@ -181,26 +215,203 @@ def _last_page_end(data: bytes) -> int:
     return body + sum(data[start + 27 : body]) if last else len(data) + 27
 
 
-def check_complete(data: bytes, name: str) -> None:
-    """Raise ValueError if a WAV, AIFF or OGG file `data` announces more bytes than it
-    has; `name` is for the message.
+def _ogg_streams(data: bytes) -> list[bytes]:
+    """The streams of an OGG file that follow one another, each with what runs beside
+    it.
+    """
+    starts, first = [0], True
+    for page in re.finditer(rb"OggS\0(.)", data, re.DOTALL):
+        begins = bool(page[1][0] & 2)
+        if begins and not first:
+            starts.append(page.start())
+        first = begins
+    return [data[i:j] for i, j in pairwise([*starts, len(data)])]
 
-    A WAV file that was written to a pipe announces no size that could be checked, and
+# %% ../nbs/25_files.ipynb #50a1d004
+def _crc16(data: bytes) -> int:
+    """FLAC's checksum of a frame: the remainder by x¹⁶ + x¹⁵ + x² + 1."""
+    table = [byte << 8 for byte in range(256)]
+    for _ in range(8):
+        table = [x << 1 ^ (0x18005 if x & 0x8000 else 0) for x in table]
+    remainder = 0
+    for byte in data:
+        remainder = (remainder << 8 & 0xFFFF) ^ table[remainder >> 8 ^ byte]
+    return remainder
+
+
+def _ends_in_a_frame(data: bytes) -> bool:
+    """Whether a FLAC file of unknown length ends where a frame does."""
+    samples, bits = int.from_bytes(data[10:12]), int.from_bytes(data[20:22])
+    channels, bits = (bits >> 9 & 7) + 1, (bits >> 4 & 31) + 1
+    longest, at = samples * channels * (bits + 1) // 8 + 64, len(data)
+    while (at := data.rfind(b"\xff", max(0, len(data) - longest), at)) >= 0:
+        if data[at + 1 : at + 2] in (b"\xf8", b"\xf9") and not _crc16(data[at:]):
+            return True
+    return False
+
+# %% ../nbs/25_files.ipynb #50a1d006
+_KBITS = {  # kbit/s, by MPEG 1 or not and layer
+    (True, 1): range(32, 449, 32),
+    (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+def _mpeg_frame(data: bytes, at: int) -> tuple[int, int]:
+    """The kind of the MPEG frame at `at`, 0 if there is none, and where it should end.
+
+    Frames of one kind have the same version, layer and rate, and one channel or two.
+    """
+    word = int.from_bytes(data[at : at + 4])
+    version, layer, index = word >> 19 & 3, 4 - (word >> 17 & 3), word >> 12 & 15
+    rate, mono = word >> 10 & 3, word >> 6 & 3 == 3
+    if word >> 21 != 0x7FF or version == 1 or layer > 3 or rate > 2 or not index % 15:
+        return 0, at
+    hertz = (44_100, 48_000, 32_000)[rate] >> (2, 0, 1, 0)[version]
+    kbits = _KBITS[version == 3, layer][index - 1]
+    size = 144_000 * kbits // hertz >> (layer == 3 and version != 3)
+    if layer == 1:
+        size = 12_000 * kbits // hertz * 4 + (word >> 9 & 1) * 3
+    return word & 0xFFFE0C00 | mono, at + size + (word >> 9 & 1)
+
+# %% ../nbs/25_files.ipynb #50a1d007
+def _tag_end(data: bytes, at: int) -> int:
+    """Where the ID3v2 tag at `at` ends: at `at`, if there is none."""
+    if data[at : at + 3] != b"ID3":
+        return at
+    size = 0
+    for byte in data[at + 6 : at + 10]:
+        size = size << 7 | byte
+    return at + 10 + size
+
+
+def _goes_on(data: bytes, kind: int, at: int) -> bool:
+    """Whether two frames of a kind follow at `at`, or the end of the file."""
+    for _ in range(2):
+        if at == len(data):
+            return True
+        found, at = _mpeg_frame(data, at)
+        if found != kind:
+            return False
+    return True
+
+
+def _mpeg_frames(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """The kind of each MPEG frame, where it begins and where it should end.
+
+    Where other bytes lie between, two more frames have to follow the next one.
+    """
+    last, at = 0, 0
+    while at < len(data):
+        at = _tag_end(data, at)
+        kind, end = _mpeg_frame(data, at)
+        if kind and (kind == last or _goes_on(data, kind, end)):
+            yield kind, at, end
+            last, at = kind, end
+        else:
+            found = re.compile(rb"\xff[\xe2-\xff][\x10-\xef]").search(data, at + 1)
+            last, at = 0, found.start() if found else len(data)
+
+
+def _announced(frame: bytes, kind: int) -> int | None:
+    """How many frames follow, if this is the header of an MP3 file; 0 if it doesn't
+    tell. None for a frame of sound.
+    """
+    mono, first = bool(kind & 1), kind >> 19 & 3 == 3
+    at = 4 + (17 if mono == first else 32 if first else 9)
+    if frame[at : at + 4] in (b"Info", b"Xing"):
+        return int.from_bytes(frame[at + 8 : at + 12]) if frame[at + 7] & 1 else 0
+    return int.from_bytes(frame[50:54]) if frame[36:40] == b"VBRI" else None
+
+# %% ../nbs/25_files.ipynb #50a1d009
+def _mp3_streams(data: bytes, name: str) -> list[bytes]:
+    """The MP3 files that follow one another in `data`, without other bytes; `data`
+    itself where there is none.
+
+    A decoder knows the length of each, or guesses too long a one. Raises ValueError,
+    which calls it `name`, where frames are missing.
+    """
+    streams: list[tuple[bytes, int, list[bytes]]] = []
+    last = end = 0
+    for kind, at, end in _mpeg_frames(data):
+        frame = data[at:end]
+        told = _announced(frame, kind)
+        if told is not None or kind != last:
+            streams.append((frame if told else b"", told or 0, []))
+        if told is None:
+            streams[-1][2].append(frame)
+        last = kind
+    if end > len(data):
+        raise _truncated(name, len(data), end, "bytes")
+    files = []
+    for header, told, frames in streams:
+        if told > len(frames):
+            raise _truncated(name, len(frames), told, "frames")
+        file = b"".join(frames)
+        if told == len(frames):
+            files.append(header + file)
+        elif frames:
+            guessed = len(frames) * (max(map(len, frames)) + 1)
+            tags = (guessed - len(file)) // 2**20 + 1
+            files.append(file + tags * (b"ID3\4\0\0\0\x40\0\0" + bytes(2**20)))
+    start = _tag_end(data, 0)
+    if not files and int.from_bytes(data[start : start + 2]) >= 0xFFE0:
+        raise ValueError(
+            f"{name} can't be read as MP3 (no three of its frames follow one another); "
+            "give a longer one, or a WAV or FLAC file"
+        )
+    return files or [data]
+
+# %% ../nbs/25_files.ipynb #50a1d00b
+def _truncated(name: str, there: int, needed: int, unit: str) -> ValueError:
+    return ValueError(
+        f"{name} is truncated: {there:,} of at least {needed:,} {unit}; "
+        "copy or record it again"
+    )
+
+
+def check_complete(data: bytes, name: str) -> None:
+    """Raise ValueError if a WAV, AIFF, AU, CAF, W64, OGG or FLAC file `data` lacks its
+    end; `name` is for the message.
+
+    A file that was written to a pipe may announce no size that could be checked, and
     passes.
     """
-    ends: Iterable[int] = ()
-    if data[:4] in (b"RIFF", b"FORM"):
-        ends = _chunk_ends(data)
+    end, start = 0, _tag_end(data, 0)
+    if data[:4] in _CHUNKS:
+        end = _samples(data)[1]
     elif data[:4] == b"OggS":
-        ends = [_last_page_end(data)]
-    for end in ends:
-        if (
-            len(data) + 1 < end < 0x7FFF0000
-        ):  # a pipe's sizes are larger; a last byte of padding may be missing
-            raise ValueError(
-                f"{name} is truncated: {len(data):,} of at least {end:,} bytes; "
-                "copy or record it again"
-            )
+        end = _last_page_end(data)
+    elif data[start : start + 4] == b"fLaC":
+        flac = data[start:]
+        length = int.from_bytes(flac[21:26]) & 0xFFFFFFFFF
+        end = 0 if length or _ends_in_a_frame(flac) else len(data) + 2
+    if end > len(data) + 1:  # a last byte of padding may be missing
+        raise _truncated(name, len(data), end, "bytes")
+
+
+def whole_sounds(data: bytes, name: str) -> list[bytes]:
+    """The files that follow one another in a sound file `data`: most often itself.
+
+    Each can be read to its end by a decoder that knows only one file, and trusts what
+    it tells of its length. Raises ValueError, which calls it `name`, where its end is
+    missing.
+    """
+    start = _tag_end(data, 0)
+    flac = data[start : start + 4] == b"fLaC"
+    if flac and data[-128:-125] == b"TAG":
+        data = data[:-128]  # an ID3v1 tag is no frame
+    files = _ogg_streams(data) if data[:4] == b"OggS" else [data]
+    for file in files:
+        check_complete(file, name)
+    if data[:4] == b"RIFF" and data[20:22] == b"\x55\0":  # WAV around MP3
+        begin, end = _samples(data)
+        return _mp3_streams(data[begin : end if end > begin else None], name)
+    known = flac or data[:4] == b"OggS" or data[:4] in _CHUNKS
+    return files if known else _mp3_streams(data, name)
 
 # %% ../nbs/25_files.ipynb #d8731fe8
 def ahead(

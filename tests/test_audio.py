@@ -25,12 +25,14 @@ from pianodiff.audio import (
     load_audio,
     normalize_peak,
     save_audio,
+    sound_facts,
     sound_file,
     to_flac,
     to_magnitude,
     to_mp3,
     to_spectrogram,
 )
+from pianodiff.files import _mpeg_frames
 from pianodiff.phases import griffin_lim, to_wave
 from pianodiff.show import player
 
@@ -169,6 +171,84 @@ def test_a_wav_from_a_pipe_has_no_size_and_is_read(size):
     whole[4:8] = size.to_bytes(4, "little")
     whole[data : data + 4] = min(size, 0x7FFFF000 if size < 2**31 else size).to_bytes(4, "little")
     assert len(load_audio(io.BytesIO(bytes(whole)))) == 8000
+
+
+def heard(data: bytes, rate: int = 8000) -> torch.Tensor:
+    return load_audio(io.BytesIO(data), rate)
+
+
+UNSEEKABLE = [("WAV", "GSM610"), ("AIFF", "GSM610"), ("W64", "GSM610"), ("WAV", "G721_32"), ("WAV", "NMS_ADPCM_32"),
+              ("AU", "G723_40"), ("XI", "DPCM_16"), ("AIFF", "DWVW_16")]
+
+
+@pytest.mark.parametrize(("kind", "subtype"), UNSEEKABLE)
+def test_codecs_that_cannot_seek_are_read(kind, subtype):
+    rate = 44_100 if kind == "XI" else 8000    # the one that XI has
+    expected = sine(220, 2 * rate, rate, 0.3)
+    wave = heard(wav_bytes(expected, kind, subtype, rate), rate)
+    assert 0 <= len(wave) - 2 * rate < 400    # the last block is filled up
+    assert level(wave[: 2 * rate] - torch.from_numpy(expected).float()) < level(wave) - 10
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [
+    ("WAV", "PCM_16"), ("WAV", "GSM610"), ("WAV", "MS_ADPCM"), ("WAV", "ALAW"), ("RF64", "FLOAT"), ("W64", "PCM_24"),
+    ("AIFF", "IMA_ADPCM"), ("AU", "ULAW"), ("CAF", "PCM_16"), ("CAF", "ALAC_16"), ("SVX", "PCM_S8"),
+])
+def test_half_a_file_is_found_in_every_container(kind, subtype):
+    whole = wav_bytes(sine(440, 8000), kind, subtype, 8000)
+    assert 8000 <= len(heard(whole)) < 8400
+    with pytest.raises(ValueError, match="^the sound is truncated: .* bytes; copy or record it again"):
+        heard(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize("rate", [8000, 22_050, 44_100])
+def test_an_mp3_without_a_header_is_read_to_its_end(rate, mode):
+    """The sound is quiet at first, so the first frames tell nothing of the others' size."""
+    noise = np.random.default_rng(0).normal(0, 0.1, rate) * np.linspace(0, 1, rate) ** 4
+    file = io.BytesIO()
+    soundfile.write(file, noise, rate, format="MP3", bitrate_mode=mode, compression_level=0.5)
+    wave = heard(file.getvalue(), rate)
+    _, *frames = _mpeg_frames(file.getvalue())
+    longer = heard(file.getvalue()[frames[0][1] :], rate)    # the header also tells what to cut off at both ends
+    assert len(wave) == rate and len(longer) == len(frames) * (1152 if rate >= 32_000 else 576)
+    torch.testing.assert_close(longer[1105 : 1105 + rate], wave, atol=1e-6, rtol=0)
+
+
+def test_mp3_files_that_were_joined_are_read_one_after_the_other():
+    one, two, other = (to_mp3(torch.from_numpy(sine(220, 12_000)), 8000 * n) for n in (1, 2, 3))
+    tag = b"ID3\4\0\0\0\0\x20\0" + bytes(4096)
+    expected = torch.cat([heard(one), heard(one), heard(two), heard(other)])
+    assert len(expected) == 12_000 * 2 + 6000 + 4000
+    assert torch.equal(heard(tag + one + b"TAG" + bytes(125) + tag + one + two + other), expected)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_streams_that_follow_one_another_are_read(subtype):
+    one, two, other = (wav_bytes(sine(440, size), "OGG", subtype, 8000) for size in (8000, 6000, 4000))
+    stereo = wav_bytes(np.zeros((4000, 2)), "OGG", subtype, 16_000)
+    assert torch.equal(heard(one + two + other), torch.cat([heard(one), heard(two), heard(other)]))
+    assert len(heard(one + stereo + other)) == 8000 + 2000 + 4000
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
+def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path, subtype):
+    noise = np.random.default_rng(0).normal(0, 0.1, (20_000, 2))
+    whole = wav_bytes(noise, "FLAC", subtype)
+    unknown = whole[:21] + bytes([whole[21] & 0xF0]) + bytes(4) + whole[26:]
+    for data in (unknown, unknown + b"TAG" + bytes(125)):
+        assert torch.equal(heard(data, 44_100), heard(whole, 44_100))
+    (tmp_path / "x.flac").write_bytes(unknown)
+    assert sound_facts(tmp_path / "x.flac").seconds == 20_000 / 44_100
+
+
+def test_a_header_may_promise_more_than_memory_holds():
+    flac = wav_bytes(np.full(8000, 0.5), "FLAC", rate=8000)
+    with pytest.raises(ValueError, match="the sound is truncated: 8,000 of 68,719,476,735 samples"):
+        heard(flac[:21] + bytes([flac[21] | 15]) + b"\xff" * 4 + flac[26:])    # 36 ones
+    rf64 = wav_bytes(np.full(8000, 0.5), "RF64", rate=8000)
+    with pytest.raises(ValueError, match="the sound is truncated: 16,104 of at least 1,152,921,504,606,847,080 bytes"):
+        heard(rf64[:28] + (2**60).to_bytes(8, "little") + rf64[36:])
 
 
 def test_missing_files_and_folders(tmp_path):

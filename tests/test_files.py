@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 
 from pianodiff.files import (
+    _mpeg_frames,
     ahead,
     cached,
     check_complete,
@@ -22,6 +23,7 @@ from pianodiff.files import (
     save_tensors,
     whole_file,
     whole_folder,
+    whole_sounds,
     write_whole,
 )
 
@@ -197,22 +199,199 @@ def test_a_cache_that_cannot_be_written(tmp_path):
         save_tensors(tmp_path / "file" / "x", {"x": torch.ones(3)})
 
 
-# ---- sound files that were cut off
+# ---- sound files, whole or refused
 
-@pytest.mark.parametrize("kind", ["WAV", "AIFF", "OGG"])
-def test_every_cut_is_seen(kind):
+NOISE = np.random.default_rng(0).normal(0, 0.1, 6000)
+
+
+def encoded(kind: str, samples: np.ndarray = NOISE, rate: int = 8000, **how: object) -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng(0).normal(0, 0.1, 2000), 8000, format=kind)
-    whole = file.getvalue()
-    check_complete(whole, "x")
-    for size in [*range(8, 120), *range(120, len(whole) - 1, 61), len(whole) - 2]:
+    soundfile.write(file, samples, rate, format=kind, **how)
+    return file.getvalue()
+
+
+def poked(data: bytes, at: int, size: int, order: str, value: int) -> bytes:
+    return data[:at] + value.to_bytes(size, order) + data[at + size :]
+
+
+CONTAINERS = {  # a file, where the size of its samples lies, and that size's bytes and order
+    "WAV": (wav := encoded("WAV"), wav.find(b"data") + 4, 4, "little"),
+    "RIFX": (rifx := encoded("WAV", endian="BIG"), rifx.find(b"data") + 4, 4, "big"),
+    "RF64": (encoded("RF64"), 28, 8, "little"),
+    "W64": (w64 := encoded("W64"), w64.find(b"data") + 16, 8, "little"),
+    "AIFF": (aiff := encoded("AIFF"), aiff.find(b"SSND") + 4, 4, "big"),
+    "SVX": (svx := encoded("SVX"), svx.find(b"BODY") + 4, 4, "big"),
+    "AU": (encoded("AU"), 8, 4, "big"),
+    "AU little": (encoded("AU", endian="LITTLE"), 8, 4, "little"),
+    "CAF": (caf := encoded("CAF"), caf.find(b"data") + 4, 8, "big"),
+    "ALAC": (alac := encoded("CAF", subtype="ALAC_16"), alac.find(b"data") + 4, 8, "big"),
+    "GSM": (gsm := encoded("WAV", subtype="GSM610"), gsm.find(b"data") + 4, 4, "little"),
+    "ADPCM": (ms := encoded("WAV", subtype="MS_ADPCM"), ms.find(b"data") + 4, 4, "little"),
+    "DOUBLE": (f64 := encoded("WAV", subtype="DOUBLE"), f64.find(b"data") + 4, 4, "little"),
+}
+
+OGG = encoded("OGG")
+
+
+def samples_end(kind: str) -> int:
+    """All of a container, but for what follows the samples in two of them."""
+    data, at, width, order = CONTAINERS[kind]
+    size = int.from_bytes(data[at : at + width], order)
+    return at + width + size if kind in ("ALAC", "GSM") else len(data)
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_the_size_of_the_samples_counts(kind):
+    data, at, width, order = CONTAINERS[kind]
+    size = int.from_bytes(data[at : at + width], order)
+    assert whole_sounds(data, "x") == [data]
+    missing = 2 + len(data) - samples_end(kind)
+    for more in (-size // 2, -2, missing - 1):    # a last byte may be missing
+        check_complete(poked(data, at, width, order, size + more), "x")
+    for more in (missing, missing + size, 0x7C << (8 * width - 8)):
+        needed = samples_end(kind) + more
+        with pytest.raises(ValueError, match=f"^x is truncated: {len(data):,} of at least {needed:,} bytes; "):
+            whole_sounds(poked(data, at, width, order, size + more), "x")
+    for value in (0x7E000100 << (8 * width - 32), 0x7FFFF000 << (8 * width - 32), 256**width - 1):
+        check_complete(poked(data, at, width, order, value), "x")    # written to a pipe
+
+
+@pytest.mark.parametrize("kind", ["WAV", "RIFX", "RF64", "W64", "AIFF", "SVX"])
+@pytest.mark.parametrize("size", [0, 100, 2**24, 2**31 - 1, 2**32 - 1])
+def test_the_size_of_the_whole_may_be_wrong(kind, size):
+    data, _, width, order = CONTAINERS[kind]
+    wrong = poked(data, 16 if kind == "W64" else 4, width if kind == "W64" else 4, order, size)
+    assert whole_sounds(wrong, "x") == [wrong]
+
+
+@pytest.mark.parametrize("kind", [*CONTAINERS, "OGG"])
+def test_every_cut_is_seen(kind):
+    whole, end = (OGG, len(OGG)) if kind == "OGG" else (CONTAINERS[kind][0], samples_end(kind))
+    for size in [*range(8, 120), *range(120, end - 1, 61), end - 2]:
         with pytest.raises(ValueError, match=f"^x is truncated: {size:,} of at least"):
             check_complete(whole[:size], "x")
 
 
-@pytest.mark.parametrize("data", [b"", b"RI", b"RIFF", b"fLaC" + bytes(50), b"words and more words"])
+def test_chunks_without_end_are_left():
+    """Sizes of less than a chunk's own header, and chunks of which none holds samples."""
+    for data in (b"riff" + bytes(1000), b"RIFF\0\0\0\0WAVE" + b"junk\0\0\0\0" * 1000):
+        with pytest.raises(ValueError, match="^x is truncated"):
+            whole_sounds(data, "x")
+
+
+@pytest.mark.parametrize("data", [b"", b"RI", b"words and more words", bytes(100), b"ID3\4\0\0\0\0\0\x10"])
 def test_what_announces_no_size_passes(data):
     check_complete(data, "x")
+    assert whole_sounds(data, "x") == [data]
+
+
+def streamed(flac: bytes) -> bytes:
+    """A FLAC file as an encoder writes it to a pipe: it doesn't know its length."""
+    return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_S8"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_cut_flac_of_unknown_length_is_seen(subtype, channels):
+    stream = np.random.default_rng(0).normal(0, 0.1, (10_000, channels))
+    data = streamed(encoded("FLAC", stream, subtype=subtype))
+    tag = b"ID3\4\0\0\0\0\0\x10" + bytes(16)
+    for whole in (data, tag + data):
+        assert whole_sounds(whole, "x") == [whole] == whole_sounds(whole + b"TAG" + bytes(125), "x")
+    for size in (len(data) - 1, len(data) - 2, len(data) - 200, len(data) // 2, len(data) // 3, 100):
+        with pytest.raises(ValueError, match=f"^x is truncated: {size:,} of at least"):
+            whole_sounds(data[:size], "x")
+
+
+@pytest.mark.parametrize(("subtype", "rate"), [("VORBIS", 8000), ("OPUS", 24_000), ("VORBIS", 44_100)])
+def test_ogg_streams_that_follow_one_another(subtype, rate):
+    one, two = (encoded("OGG", NOISE[:size], rate, subtype=subtype) for size in (6000, 5000))
+    assert whole_sounds(one + two + one, "x") == [one, two, one] and whole_sounds(one, "x") == [one]
+    for data in (one + two[:-10], one[:-300] + two, one + two[: len(two) // 2]):
+        with pytest.raises(ValueError, match="^x is truncated"):
+            whole_sounds(data, "x")
+
+
+def mp3(seed: int = 0, rate: int = 44_100, channels: int = 1, mode: str = "CONSTANT") -> bytes:
+    """A second of noise that grows, so that a variable rate does."""
+    noise = np.random.default_rng(seed).normal(0, 0.1, (rate, channels)) * np.linspace(0, 1, rate)[:, None] ** 4
+    return encoded("MP3", noise, rate, bitrate_mode=mode, compression_level=0.5)
+
+
+def frames(data: bytes) -> list[bytes]:
+    """An MP3 file's frames: the first is its header."""
+    return [data[begin:end] for _, begin, end in _mpeg_frames(data)]
+
+
+ART = b"ID3\4\0\0\0\0\x20\0" + np.random.default_rng(1).bytes(4096)
+ID3V1 = b"TAG" + bytes(125)
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000])
+def test_an_mp3_file_is_its_frames(rate, channels, mode):
+    data = mp3(0, rate, channels, mode)
+    header, *sound = frames(data)
+    assert header + b"".join(sound) == data and len(sound) >= rate / (1152 if rate >= 32_000 else 576)
+    for whole in (data, ART + data, data + ID3V1, b"junk" * 50 + data, ART + data + bytes(3000)):
+        assert whole_sounds(whole, "x") == [data]
+    for lost in (1, 3, len(sound[-1]) // 2, len(sound[-1]) - 4):
+        for cut in (data[:-lost], data[len(header) : -lost]):
+            with pytest.raises(ValueError, match=f"^x is truncated: {len(cut):,} of at least {len(cut) + lost:,} b"):
+                whole_sounds(cut, "x")
+    with pytest.raises(ValueError, match=rf"^x is truncated: {len(sound) - 1} of at least {len(sound)} frames; copy"):
+        whole_sounds(header + b"".join(sound[:-1]), "x")
+
+
+def test_mp3_files_that_were_joined():
+    one, two, other = mp3(0), mp3(1), mp3(2, 22_050)
+    for data in (one + two + other, ART + one + ID3V1 + ART + two + bytes(2000) + other + ID3V1):
+        assert whole_sounds(data, "x") == [one, two, other]
+    without = b"".join(frames(other)[1:])
+    (first, second), lengthened = whole_sounds(one + without, "x"), b"ID3\4"
+    assert first == one and second.startswith(without + lengthened)
+    for data in (one + two[:-100], one + b"".join(frames(two)[:-1])):
+        with pytest.raises(ValueError, match="^x is truncated"):
+            whole_sounds(data, "x")
+
+
+@pytest.mark.parametrize("told", [0, 1, 10])
+def test_a_wrong_mp3_header_is_dropped(told):
+    header, *sound = frames(mp3())
+    at = max(header.find(b"Info"), header.find(b"Xing")) + 8
+    wrong, = whole_sounds(poked(header, at, 4, "big", told) + b"".join(sound), "x")
+    assert wrong.startswith(b"".join(sound) + b"ID3")
+
+
+@pytest.mark.parametrize(("version", "layer", "rate", "size"), [
+    (3, 1, 0, 172), (3, 2, 0, 261), (3, 2, 1, 240), (2, 2, 1, 240), (2, 1, 2, 240), (0, 3, 2, 360),
+])
+def test_frames_of_other_layers_and_versions(version, layer, rate, size):
+    """Sizes by hand, from ISO 11172-3 and 13818-3: index 5 is 160, 80, 80, 40, 80 and 40 kbit/s."""
+    word = 0x7FF << 21 | version << 19 | (4 - layer) << 17 | 1 << 16 | 5 << 12 | rate << 10 | 3 << 6
+    frame = word.to_bytes(4, "big").ljust(size, b"\0")
+    file, = whole_sounds(10 * frame, "x")
+    assert file.startswith(10 * frame + b"ID3")
+    with pytest.raises(ValueError, match=f"^x is truncated: {10 * size - 5:,} of at least {10 * size:,} bytes"):
+        whole_sounds((10 * frame)[:-5], "x")
+
+
+def test_an_mp3_file_in_a_wav_file():
+    data = mp3()
+    for kept in (data, data + data, b"".join(frames(data)[1:])):
+        about = b"\x55\0\1\0" + (44_100).to_bytes(4, "little") + bytes(22)
+        wave = b"RIFF\0\0\0\0WAVEfmt \x1e\0\0\0" + about + b"data" + len(kept).to_bytes(4, "little") + kept
+        assert whole_sounds(wave, "x") == whole_sounds(kept, "x")
+        with pytest.raises(ValueError, match="^x is truncated"):
+            whole_sounds(wave[:-500], "x")
+
+
+def test_what_only_looks_like_mp3():
+    with pytest.raises(ValueError, match="^x can't be read as MP3 .*; give a longer one"):
+        whole_sounds(b"\xff\xfb\x00\x64" * 1000, "x")    # of a free bit rate
+    noise = np.random.default_rng(0).bytes(2**20)
+    assert whole_sounds(b"x" + noise, "x") == [b"x" + noise]
 
 
 # ---- work ahead

@@ -27,6 +27,9 @@ from .terminal import counted, interruptible, lasting, own_streams, printed, pro
 # %% ../nbs/19_cli.ipynb #cli00030
 if os.environ.get("NO_COLOR"):  # tyro doesn't know it
     os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
+# Threads of libgomp that wait for each other spin this often before they sleep. By
+# default they spin for milliseconds, and beside other work that is most of the time.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 try:
     import tyro
 except KeyboardInterrupt:  # it takes half a second

@@ -497,6 +497,15 @@ def test_the_help_names_no_types_of_python(capsys, command):
     assert "{None}" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("wish", "spins"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_do_not_spin_for_long(wish, spins):
+    """Set before PyTorch is loaded, and only where nobody has set it."""
+    code = "import os, sys, pianodiff.cli; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env | wish)
+    assert told.stdout == f"{spins} False\n"
+
+
 def test_the_package_is_the_command():
     told = subprocess.run([sys.executable, "-m", "pianodiff", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert told.stdout == f"pianodiff {pianodiff.__version__}\n" and not told.returncode

@@ -110,7 +110,7 @@ def _unread(files: list[str]) -> list[str]:
                      if not f.lower().endswith((*AUDIO_ENDINGS, *MIDI_ENDINGS)))
     kinds = [f"{count} {_legible(ending)}" for ending, count in others.most_common(5)]
     more = ["..."] * (len(others) > 5)
-    told = f"passed over, being neither sound nor MIDI: {', '.join(kinds + more)}"
+    told = f"passed over, being no sound that is read: {', '.join(kinds + more)}"
     notes = len(files) - sum(others.values()) - len(_split_by_name(files))
     doubles = f"passed over, being MIDI beside sound of the same name: {notes}"
     return [told] * bool(kinds) + [doubles] * bool(notes)

@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, __version__
-from .terminal import counted, interruptible, lasting, own_streams, printed, progress_bar, speakers, wav_pipe
+from pianodiff.terminal import (
+    counted,
+    discreet,
+    interruptible,
+    lasting,
+    own_streams,
+    printed,
+    progress_bar,
+    speakers,
+    wav_pipe,
+)
 
 # %% ../nbs/19_cli.ipynb #cli00030
 if os.environ.get("NO_COLOR"):  # tyro doesn't know it
@@ -72,8 +82,7 @@ def _in_short(piano: "Piano", folder: Path) -> dict[str, Any]:
     size = (folder / "model.safetensors").stat().st_size / 1e6
     facts = {"network": f"{config.get('name', 'custom')}, {size:.1f} MB, "
              f"{sum(p.numel() for p in piano.net.parameters()):,} parameters",
-             "block": f"{cfg.n_bins} x {cfg.n_frames}, {cfg.block_seconds:g} s at "
-             f"{cfg.sample_rate:,} Hz"} | piano.noise_levels
+             "block": _block(cfg)} | piano.noise_levels
     last, *before = [*trainings(config)] or [{}]
     if hours := last.get("hours"):
         facts["data"] = f"{last['data']}: {_by_split(hours)}"
@@ -90,6 +99,12 @@ def _in_short(piano: "Piano", folder: Path) -> dict[str, Any]:
         facts["licence"] = config["licence"]
     card = folder / "README.md"
     return facts | ({"card": str(card)} if card.is_file() else {})
+
+
+def _block(cfg: "SpectrogramConfig") -> str:
+    """The size of a block, in pixels and in seconds."""
+    return (f"{cfg.n_bins} x {cfg.n_frames}, {cfg.block_seconds:g} s at "
+            f"{cfg.sample_rate:,} Hz")
 
 
 def _by_split(hours: dict[str, float]) -> str:
@@ -119,11 +134,9 @@ def _of_store(path: str) -> dict[str, Any]:
     from pianodiff.data import open_store
 
     store = open_store(path)
-    cfg = store.cfg
-    return {"store": path, "of": store.source, "hours": _by_split(store.hours),
-            "recordings": len(store.recordings),
-            "block": f"{cfg.n_bins} x {cfg.n_frames}, {cfg.block_seconds:g} s at "
-            f"{cfg.sample_rate:,} Hz"}
+    return {"store": discreet(path), "of": store.source,
+            "hours": _by_split(store.hours), "recordings": len(store.recordings),
+            "block": _block(store.cfg)}
 
 
 def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /, *,
@@ -454,7 +467,7 @@ def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Sto
     for path, reason in report["skipped"].items():
         print(f"skipped {path}: {reason}", file=sys.stderr)
     took = lasting(time.perf_counter() - begin)
-    print(f"{store}: {counted(report['recordings'], 'recording')} "
+    print(f"{discreet(store)}: {counted(report['recordings'], 'recording')} "
           f"({_by_split(report['hours'])}), {report['new']} new, "
           f"{report['bytes'] / 1e6:,.1f} MB, in {took}; skipped: "
           f"{len(report['skipped'])}")
@@ -677,7 +690,7 @@ def main(args: Sequence[str] | None = None) -> int:
             else:
                 _parse(args)()
     except (ValueError, OSError) as error:
-        print(f"pianodiff: {_in_one_line(error, args)}", file=sys.stderr)
+        print(discreet(f"pianodiff: {_in_one_line(error, args)}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pianodiff: interrupted", file=sys.stderr)

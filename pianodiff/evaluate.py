@@ -33,11 +33,12 @@ from .distance import distance_section, farther, load_embedding
 from .files import plain, write_whole
 from .generate import Piano, Sampling
 from .joins import JOIN_MEASURES, joins_section
-from .model import find_model, load_model, model_in, trainings
+from .model import model_in, trainings
 from .music import STATISTICS, drift_section, music_section
 from .novelty import novelty_section
 from .pieces import Comparison, Pieces, Section, by_decades, in_style, make_pieces, new_axes, read_pieces
 from .recordings import find_recordings, of_splits
+from .terminal import discreet
 
 # %% ../nbs/18_evaluate.ipynb #6488d84d
 def training_curves(log: str | os.PathLike) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,10 +153,10 @@ def _facts(comparison: Comparison, generated: str | os.PathLike, model: bool,
     return Section({
         "seed": comparison.seed,
         "versions": _versions(),
-        "training": None if training is None else str(training),
-        "generated": {"source": str(generated), "name": Path(generated).name,
+        "training": None if training is None else discreet(str(training)),
+        "generated": {"source": discreet(str(generated)), "name": Path(generated).name,
                       "model": model, **_described(made), "unused": made.unused},
-        "reference": {"source": str(reference), **_described(comparison.reference),
+        "reference": {"source": discreet(str(reference)), **_described(comparison.reference),
                       "splits": list(splits), "unused": real.unused},
         "others": _described(comparison.others)})
 
@@ -169,29 +170,25 @@ def _is_sound(generated: str | os.PathLike) -> bool:
     return "://" in str(generated) or (path.exists() and not model_in(path))
 
 
-def _settings_of(
-    generated: str | os.PathLike, training: str | os.PathLike | None
-) -> tuple[SpectrogramConfig, dict[str, float]]:
-    """The model's spectrogram and noise levels; of sound, the usual one and none.
+def _model(generated: str | os.PathLike) -> Piano | None:
+    """The model; None for sound. Raises as `Piano` does."""
+    if _is_sound(generated):
+        return None
+    try:
+        return Piano.from_pretrained(generated, "cpu")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{generated} is no folder of sound files, and {error}"
+                                ) from error
 
-    The spectrogram has to be that of the training store. Raises FileNotFoundError or
-    ValueError if one of the two can't be used.
-    """
-    cfg, levels = SpectrogramConfig(), {}
-    if not _is_sound(generated):
-        try:
-            piano = Piano.from_pretrained(generated, "cpu")
-            cfg, levels = piano.cfg, piano.noise_levels
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{generated} is no folder of sound files, "
-                                    f"and {error}") from error
-    if training is not None:
-        store = open_store(training)
-        store.of("train")
-        if store.cfg != cfg:
-            raise ValueError(f"{training} holds other spectrograms than {generated}'s; "
-                             "give its own training store")
-    return cfg, levels
+
+def _check_training(training: str | os.PathLike, generated: str | os.PathLike,
+                    cfg: SpectrogramConfig) -> None:
+    """Raise an error for a store that can't be used, or of other spectrograms."""
+    store = open_store(training)
+    store.of("train")
+    if store.cfg != cfg:
+        raise ValueError(f"{training} holds other spectrograms than {generated}'s; "
+                         "give its own training store")
 
 
 def _flags(pieces: int, seconds: float, sampling: Sampling) -> dict[str, Any]:
@@ -208,23 +205,21 @@ def _command(generated: str | os.PathLike, reference: str | os.PathLike,
         if value is not None and value not in ((), []):
             values = value if isinstance(value, list | tuple) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return shlex.join(words)
+    return shlex.join(map(discreet, words))
 
 # %% ../nbs/18_evaluate.ipynb #6a2a464c
-def _check_reference(generated: str | os.PathLike, reference: str | os.PathLike,
+def _check_reference(model: Piano | None, reference: str | os.PathLike,
                      splits: Sequence[str]) -> None:
     """Raise an error for a reference that can't be used, before any work.
 
     Warn where it seems to hold what the model was trained on.
     """
     recordings = of_splits(find_recordings(reference), reference, splits)
-    if _is_sound(generated):
-        return
-    known = {run.get("data") for run in trainings(load_model(find_model(generated))[1])}
+    known = {run.get("data") for run in trainings(model.config if model else {})}
     trained = sum(recording.split == "train" for recording in recordings)
     if trained and Path(reference).name in known:
         warnings.warn(f"{trained} of the {len(recordings)} recordings of the reference "
-                      f"are of the split train, and {generated} was trained on data of "
+                      "are of the split train, and the model was trained on data of "
                       "the same name; --splits validation test leaves them out",
                       stacklevel=3)
 
@@ -285,11 +280,13 @@ def evaluate(
     _check(blocks, transpose, seed, embeddings)
     begin = time.perf_counter()
     home = Path(cache or Path(out).with_suffix(".cache"))
-    model = not _is_sound(generated)
+    model = _model(generated)
+    cfg = model.cfg if model else SpectrogramConfig()
+    if training is not None:
+        _check_training(training, generated, cfg)
     sampling = Sampling(sampler, steps, guidance, guidance_interval)
-    cfg, levels = _settings_of(generated, training)
     loaded = [load_embedding(name) for name in embeddings]
-    _check_reference(generated, reference, splits)
+    _check_reference(model, reference, splits)
     made = make_pieces(
         generated, home / "pieces", pieces=pieces, seconds=seconds, sampling=sampling,
         seed=seed, least=_LEAST) if model else _sound(generated, cfg)
@@ -298,7 +295,8 @@ def evaluate(
     real = read_pieces(reference, cfg, normalize=True, seed=seed, splits=splits,
                        blocks=blocks, most=most, soundfont=soundfont)
     comparison = Comparison.of(made, real, seed)
-    facts = _facts(comparison, generated, model, reference, splits, training)
+    facts = _facts(comparison, generated, model is not None, reference, splits,
+                   training)
     sections = [facts, *_sections(comparison, loaded, training, transpose, home)]
 
     how = _flags(pieces, seconds, sampling) if model else {}
@@ -307,7 +305,7 @@ def evaluate(
         "command": _command(generated, reference, **how, embeddings=embeddings,
                             splits=splits, blocks=blocks, seed=seed,
                             soundfont=soundfont),
-        "sampling": asdict(sampling) | levels if model else None,
+        "sampling": asdict(sampling) | model.noise_levels if model else None,
         "seconds": {"making": round(middle - begin, 1) if model else 0.0,
                     "evaluating": round(time.perf_counter() - middle, 1)}}
     for section in sections:

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import math
 import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,7 +33,7 @@ from .files import cached, in_order
 from .generate import Piano, Sampling
 from .model import find_model
 from .phases import to_wave
-from .recordings import MIDI_ENDINGS, Recording, find_soundfont, of_splits, read_recording, scan_source
+from .recordings import MIDI_ENDINGS, Recording, find_soundfont, of_splits, read_recording, scan_source, tell
 
 # %% ../nbs/13_pieces.ipynb #daa95370
 class Piece(NamedTuple):
@@ -221,8 +220,7 @@ def read_pieces(
     """
     recordings, _, remarks = scan_source(source)
     recordings = of_splits(recordings, source, splits)
-    for remark in remarks:
-        print(f"{source}: {remark}", file=sys.stderr)
+    tell(remarks, source)
     if blocks:
         order = _one_of_each_title_first([r.title for r in recordings], seed)
         recordings = [recordings[i] for i in order]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from pianodiff import Piano
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig
 from pianodiff.cli import main
 from pianodiff.data import prepare
@@ -111,8 +112,8 @@ def test_a_reference_of_the_training_music_is_warned_of(music, tmp_path, recwarn
     config = json.loads((tmp_path / "config.json").read_text())
     config["training"]["ancestor"]["data"] = name
     (tmp_path / "config.json").write_text(json.dumps(config))
-    _check_reference(tmp_path, music / "real", splits)
-    _check_reference(music / "made", music / "real", splits)  # sound was trained on nothing
+    _check_reference(Piano(tmp_path), music / "real", splits)
+    _check_reference(None, music / "real", splits)  # sound was trained on nothing
     told = [str(warning.message) for warning in recwarn]
     assert len(told) == warned and all("--splits validation test leaves them out" in text for text in told)
 

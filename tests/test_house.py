@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "sde": set(),
     "audio": {"files"},
     "phases": {"audio"},
-    "recordings": {"audio"},
+    "recordings": {"audio", "terminal"},
     "data": {"audio", "files", "recordings", "synth", "terminal"},
     "unet": set(),
     "edm": set(),
@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "joins": {"audio", "files", "music", "phases", "pieces"},
     "novelty": {"audio", "data", "distance", "files", "phases", "pieces"},
     "evaluate": {"audio", "data", "distance", "files", "generate", "joins", "model", "music", "novelty", "pieces",
-                 "recordings"},
+                 "recordings", "terminal"},
     "show": {"audio"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

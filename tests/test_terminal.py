@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pianodiff.terminal import counted, lasting, own_streams, printed, progress_bar
+from pianodiff.terminal import counted, discreet, lasting, own_streams, printed, progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,3 +72,17 @@ def test_closed_streams_are_taken_and_open_ones_stay(monkeypatch: pytest.MonkeyP
     after = os.open(os.devnull, os.O_RDONLY)
     os.close(after)
     assert after == before
+
+
+@pytest.mark.parametrize("text", ["ftp://me:open-sesame@host/music", "no https://open-sesame@host/a.zip; check it",
+                                  "s3://bucket/a?X-Amz-Credential=open-sesame&X-Amz-Signature=open-sesame",
+                                  "https://host/a.zip?year=2018&sig=open-sesame) and 'https://b?access_key=open-sesame'"])
+def test_what_gives_access_is_not_told(text):
+    told = discreet(text)
+    assert "open-sesame" not in told and "***" in told
+    assert all(word in told for word in ("host", "check it", "year=2018") if word in text)
+
+
+def test_addresses_and_other_texts_stay():
+    for text in ("https://host:80/a@b.wav?year=2018", "mail me@host", "s3://bucket/key=1/signature.wav", "a/b: c"):
+        assert discreet(text) == text

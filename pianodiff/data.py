@@ -7,6 +7,7 @@ __all__ = ['STORE_FORMAT', 'Store', 'open_store', 'prepare', 'BlockDataset']
 import errno
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +30,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .audio import SpectrogramConfig, normalize_peak, to_spectrogram
-from .files import ahead, single_threaded
+from .files import Cache, ahead, single_threaded
 
 # this and what follows, where it was before 0.2
 from .recordings import MIDI_ENDINGS as MIDI_ENDINGS
 from .recordings import SPLITS as SPLITS
-from .recordings import Recording, absolute_path, find_soundfont, read_recording, reason, scan_source
+from .recordings import Recording, absolute_path, find_soundfont, patiently, read_recording, reason
 from .recordings import file_system as file_system
 from .recordings import find_recordings as find_recordings
 from .recordings import is_on_web as is_on_web
@@ -44,7 +45,7 @@ from .recordings import render_midi as render_midi
 
 # its place before 0.2
 from .synth import example_performance as example_performance
-from .terminal import counted, progress_bar
+from .terminal import counted, discreet, progress_bar
 
 # %% ../nbs/05_data.ipynb #dat00003
 def _codes(wave: Tensor, cfg: SpectrogramConfig) -> np.ndarray:
@@ -103,17 +104,26 @@ def open_store(store: str | os.PathLike) -> Store:
         raise ValueError(f"{store} is half-written; run the same `pianodiff prepare` "
                          "again, it will go on")
     try:
+        for recording in about["recordings"]:
+            _check_listing(**recording)
         return Store(str(store), SpectrogramConfig(**about["spectrogram"]),
                      float(about["mean"]), float(about["std"]), about["source"],
                      tuple(about["recordings"]))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"the attributes of {store} are damaged ({reason(error)}); "
                          "make it anew with `pianodiff prepare`") from error
 
 
+def _check_listing(id: str, split: str, title: str, frames: int) -> None:
+    """Raise ValueError for what is no recording of a store's list."""
+    words = isinstance(id, str) and isinstance(title, str) and split in SPLITS
+    if not words or not isinstance(frames, int) or frames < 0:
+        raise ValueError(f"the recording {id}, of {frames} frames, in the split {split}")
+
+
 def _open_group(store: str | os.PathLike, mode: Literal["r", "r+"]) -> zarr.Group:
     try:
-        return zarr.open_group(_address(store), mode=mode)
+        return patiently(lambda: zarr.open_group(_address(store), mode=mode))
     except (FileNotFoundError, FileExistsError,
             zarr.errors.ContainsArrayError) as error:
         raise FileNotFoundError(f"{store} is not a spectrogram store; make one with "
@@ -146,7 +156,7 @@ def _place(store: str) -> tuple[fsspec.AbstractFileSystem, str, bool]:
     """
     try:
         fs, root = file_system(store)
-        found = fs.find(root) if fs.exists(root) else []
+        found = patiently(lambda: fs.find(root) if fs.exists(root) else [])
         return fs, root, not all(is_stray(path) for path in found)
     except Exception as error:  # no library, no credentials, no network
         raise ValueError(f"the store {store} can't be reached ({reason(error)}); check "
@@ -167,6 +177,10 @@ def _prepare_one(recording: Recording, source: str, store: str, cfg: Spectrogram
 
     Raises OSError if the store can't be written.
     """
+    with _writing(store):
+        group = _open_group(store, "r+")
+        if found := _facts_of(group.get(recording.id)):
+            return found  # another run was quicker
     try:
         wave = read_recording(recording, source, cfg.sample_rate, soundfont)
         if len(wave) < cfg.block_samples:
@@ -180,16 +194,34 @@ def _prepare_one(recording: Recording, source: str, store: str, cfg: Spectrogram
                              "title": recording.title, "frames": len(codes),
                              "histogram": _histogram(codes)}
     with _writing(store):
-        group = _open_group(store, "r+")
-        old = group.get(recording.id)
-        # another run was quicker: leave its array whole
-        if old is not None and "histogram" in old.attrs:
-            return dict(old.attrs.asdict())
-        array = group.create_array(recording.id, data=codes, chunks=(1024, cfg.n_bins),
-                                   overwrite=True)
+        array = _array_for(codes, group, recording.id)
+        array[:] = codes
         # last: an array with a histogram is a finished one
         array.update_attributes(about)
     return about
+
+
+def _facts_of(array: Any) -> dict[str, Any]:
+    """What a finished array says of itself; nothing, if it is not finished."""
+    facts = dict(array.attrs.asdict()) if isinstance(array, zarr.Array) else {}
+    return facts if "histogram" in facts else {}
+
+
+def _array_for(codes: np.ndarray, group: zarr.Group, name: str) -> Any:
+    """A recording's array to write to: the one that is there, or else a new one.
+
+    Another run may be writing the same at this moment, which does no harm: the bytes
+    are the same, and neither run deletes them.
+    """
+    old = group.get(name)
+    if (getattr(old, "shape", 0), getattr(old, "dtype", 0)) == (codes.shape, np.uint8):
+        return old
+    try:
+        return group.create_array(name, shape=codes.shape, dtype=codes.dtype,
+                                  chunks=(1024, codes.shape[1]),
+                                  overwrite=old is not None)
+    except zarr.errors.ContainsArrayError:
+        return group[name]
 
 
 @contextmanager
@@ -286,12 +318,13 @@ def _run_on_cluster(work: _Work, todo: Sequence[Recording], address: str) -> _Re
 # %% ../nbs/05_data.ipynb #dat00008
 def _collect(
     results: _Results, todo: Sequence[Recording]
-) -> tuple[int, dict[str, str]]:
-    """How many recordings were made, and why others can't be used, by path.
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The attributes of what was made, by id, and why others can't be used, by path.
 
     A bar counts the hours, or the recordings where there is less than an hour or a
     duration isn't known.
     """
+    made: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     hours = {r.id: r.duration / 3600 for r in todo}
     count, unit = "{n:.1f}/{total:.1f}", "h"
@@ -303,8 +336,13 @@ def _collect(
         for recording, result in results:
             if "error" in result:
                 skipped[recording.path] = result["error"]
+            else:
+                made[recording.id] = result
             bar.update(hours[recording.id])
-    return len(todo) - len(skipped), skipped
+    return made, skipped
+
+# %% ../nbs/05_data.ipynb #dat00032
+from .recordings import STRAY, scan_source, tell
 
 # %% ../nbs/05_data.ipynb #32cdcc6b
 def _claim_store(store: str, cfg: SpectrogramConfig, source: str) -> zarr.Group:
@@ -317,11 +355,14 @@ def _claim_store(store: str, cfg: SpectrogramConfig, source: str) -> zarr.Group:
     try:
         group = _open_group(store, "r+")
     except FileNotFoundError:
-        if _place(store)[2]:
+        if not _place(store)[2]:
+            with _writing(store), suppress(zarr.errors.ContainsGroupError):
+                return zarr.open_group(_address(store), mode="a", attributes=about)
+        try:
+            group = _open_group(store, "r+")  # another run has begun it meanwhile
+        except FileNotFoundError:
             raise ValueError(f"{store} exists and is not a spectrogram store; give "
                              "another folder") from None
-        with _writing(store):
-            return zarr.open_group(_address(store), mode="a", attributes=about)
     kept = _attributes(group, store)
     old = {"source": kept["source"], **kept["spectrogram"]}
     new = {"source": source, **about["spectrogram"]}
@@ -337,12 +378,11 @@ def _finished(group: zarr.Group) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for one whose metadata are damaged.
     """
-    stray = r"(?i)Object at (thumbs\.db|desktop\.ini|\.ds_store|\._.*) is not"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", stray)
-            return {name: dict(a.attrs.asdict()) for name, a in group.arrays()
-                    if "histogram" in a.attrs}
+            warnings.filterwarnings("ignore", f"Object at {STRAY} is not")
+            found = ((name, _facts_of(array)) for name, array in group.arrays())
+            return {name: facts for name, facts in found if facts}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"a zarr.json in the store {group.store} is damaged "
                          f"({reason(error)}); delete its folder and run again"
@@ -375,12 +415,19 @@ def _choose(
     """
     recordings, listed, remarks = scan_source(source)
     chosen = of_splits(recordings, source, splits)
-    for remark in remarks:
-        print(remark, file=sys.stderr)
     if not listed:
-        print(f"{counted(len(recordings), 'recording')} and no index: the files' names "
-              "decide the splits", file=sys.stderr)
+        remarks.append(f"{counted(len(recordings), 'recording')} and no index: the "
+                       "files' names decide the splits")
+    tell(remarks, source)
     return recordings, chosen
+
+
+def _size(fs: fsspec.AbstractFileSystem, root: str) -> int:
+    """The bytes of a store, among whose files other runs may be writing."""
+    while fs.exists(root):
+        with suppress(FileNotFoundError):
+            return fs.du(root)
+    return 0
 
 
 def _check_listed(finished: Iterable[str], recordings: Sequence[Recording], store: str,
@@ -404,6 +451,17 @@ def _as_kept(recordings: Sequence[Recording], finished: Iterable[str],
             twice = replace(r, path=quote(r.path))
             older[r] = twice if twice.id in kept else r
     return list(older.values())
+
+
+def _summarise(group: zarr.Group, store: str, finished: dict[str, dict[str, Any]],
+               recordings: Sequence[Recording]) -> None:
+    """Write the summary: again, where another run has finished more meanwhile."""
+    listed = -1
+    while listed < len(finished):
+        listed = len(finished)
+        with _writing(store):
+            group.update_attributes(_summary(_refreshed(finished, recordings)))
+        finished |= _finished(group)
 
 
 def _refreshed(finished: dict[str, dict[str, Any]],
@@ -443,32 +501,33 @@ def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: Spectrogra
         _client(cluster).close()  # while there is no store yet
     fs, root, _ = _place(store)
     ours = [path for path in (f"{root}/zarr.json", root) if not fs.exists(path)]
-    group = _claim_store(store, cfg, source.rstrip("/").rpartition("/")[2])
+    group = _claim_store(store, cfg, discreet(source).rstrip("/").rpartition("/")[2])
     finished = _finished(group)
     recordings, chosen = (_as_kept(r, finished, source) for r in (recordings, chosen))
     _check_listed(finished, recordings, store, source)
     todo = [r for r in chosen if r.id not in finished]
     todo.sort(key=lambda r: -r.duration)  # so that cores end together
+    if not ours:
+        random.Random().shuffle(todo)  # another run may be at work, and has begun with these
     work = partial(_prepare_one, source=source, store=store, cfg=cfg,
                    soundfont=str(soundfont) if soundfont else None)
     try:
         results = _run(work, todo, jobs or os.cpu_count() or 1, cluster)
         new, skipped = _collect(results, todo)
+        finished |= new
     except KeyboardInterrupt:
         print("what is finished is kept: run the same again, and it goes on",
               file=sys.stderr)
         raise
-    finished |= _finished(group)  # by other runs too
     if not finished:
         for path in ours[-1:]:
             fs.rm(path, recursive=True)
         path, why = next(iter(skipped.items()))
         raise ValueError(f"none of the {len(chosen)} recordings in {source} can be "
                          f"used; {path}: {why}")
-    with _writing(store):
-        group.update_attributes(_summary(_refreshed(finished, recordings)))
-    return {"hours": open_store(store).hours, "recordings": len(finished), "new": new,
-            "bytes": fs.du(root), "skipped": skipped}
+    _summarise(group, store, finished, recordings)
+    return {"hours": open_store(store).hours, "recordings": len(finished), "new": len(new),
+            "bytes": _size(fs, root), "skipped": skipped}
 
 # %% ../nbs/05_data.ipynb #dat00014
 class _Grid:
@@ -493,9 +552,11 @@ class _Grid:
 class _Frames:
     """The frames of a store's recordings, read when they are asked for."""
 
-    def __init__(self, info: Store, recordings: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, info: Store, recordings: Sequence[dict[str, Any]],
+                 cache: Cache | None = None) -> None:
         self.info = info
         self.recordings = recordings
+        self.cache = cache
         self._intact: set[int] = set()
         self._disconnect()
 
@@ -510,15 +571,7 @@ class _Frames:
         Raises ValueError if it is damaged.
         """
         try:
-            array = self._array(which)
-            codes = array[frames]
-            whole = codes.shape == array.shape
-            suspect = whole or not codes[[0, -1]].any(axis=1).all()
-            if suspect and which not in self._intact:
-                if _histogram(codes if whole else array[:]) != array.attrs["histogram"]:
-                    raise ValueError("frames are missing or changed")
-                self._intact.add(which)
-            return codes
+            return patiently(lambda: self._read(which, frames))
         except OSError:  # an array that is missing, a connection that is lost
             raise
         except Exception as error:
@@ -527,12 +580,27 @@ class _Frames:
                              f"({reason(error)}): delete that and run the same "
                              "`pianodiff prepare` again") from error
 
+    def _read(self, which: int, frames: slice) -> np.ndarray:
+        array = self._array(which)
+        codes = array[frames]
+        whole = codes.shape == array.shape
+        suspect = whole or not codes[[0, -1]].any(axis=1).all()
+        if suspect and which not in self._intact:
+            if _histogram(codes if whole else array[:]) != array.attrs["histogram"]:
+                raise ValueError("frames are missing or changed")
+            self._intact.add(which)
+        return codes
+
     def _array(self, which: int) -> Any:
         if self._process != os.getpid():  # a connection does not outlive a fork
             self._disconnect()
         if which not in self._arrays:
             if self._group is None:
-                self._group = _open_group(self.info.url, "r")
+                group = _open_group(self.info.url, "r")
+                if self.cache:
+                    near = _NearStore(group.store, self.info.url, self.cache)
+                    group = zarr.open_group(near, mode="r")
+                self._group = group
             self._arrays[which] = _open_array(self._group, self.recordings[which],
                                               self.info)
         return self._arrays[which]
@@ -555,6 +623,41 @@ def _open_array(group: zarr.Group, recording: dict[str, Any], info: Store) -> An
         raise ValueError("it is half-written, or of another length")
     return array
 
+# %% ../nbs/05_data.ipynb #dat00031
+from zarr.abc.store import Store as ZarrStore
+from zarr.storage import WrapperStore
+
+
+class _NearStore(WrapperStore[ZarrStore]):
+    """A store whose chunks are kept in a cache."""
+
+    def __init__(self, store: ZarrStore, url: str, cache: Cache) -> None:
+        super().__init__(store)
+        self.url, self.cache = url, cache
+        self._about: dict[str, bytes] = {}  # the metadata of each array
+
+    def _with_store(self, store: ZarrStore) -> "_NearStore":
+        near = _NearStore(store, self.url, self.cache)
+        near._about = self._about
+        return near
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        """A chunk out of the cache, or else what the store has."""
+        name, is_chunk, _ = key.partition("/c/")
+        if not is_chunk or byte_range is not None:
+            found = await super().get(key, prototype, byte_range)
+            if found is not None and key.endswith("/zarr.json"):
+                self._about[key.removesuffix("/zarr.json")] = found.to_bytes()
+            return found
+        key_here = f"{self.url}/{key} {self._about.get(name)!r}"
+        if (kept := self.cache.get(key_here)) is not None:
+            return prototype.buffer.from_bytes(kept)
+        found = await super().get(key, prototype)
+        if found is not None:
+            self.cache.put(key_here, found.to_bytes())
+        return found
+
+
 # %% ../nbs/05_data.ipynb #f60a159c
 class BlockDataset(Dataset):
     """Blocks of a store's split, each with the block before it (section III-D, 8).
@@ -563,18 +666,18 @@ class BlockDataset(Dataset):
     in [0, 1]. Where a recording has no whole block before, `has_prev` is False and
     `prev` is zero. With `random_offset` a block starts up to one block later than on
     the grid, drawn anew each time from torch's generator; `in_memory` keeps the whole
-    split in memory (0.06 GB an hour at 256 rows). Raises what `open_store` raises, and
-    ValueError for a split without recordings; where the store is damaged, ValueError at
+    split in memory (0.06 GB an hour at 256 rows), and `cache` what was read. Raises
+    what `open_store` raises, and ValueError for a split without recordings; where the store is damaged, ValueError at
     once if `in_memory`, else with the first block that is touched.
     """
 
     def __init__(self, store: str | os.PathLike, split: str, *, random_offset: bool,
-                 in_memory: bool = False) -> None:
+                 in_memory: bool = False, cache: Cache | None = None) -> None:
         self.info = open_store(store)
         self.random_offset = random_offset
         recordings = self.info.of(split)
         self._grid = _Grid([r["frames"] for r in recordings], self.info.cfg.n_frames)
-        self._frames = _Frames(self.info, recordings)
+        self._frames = _Frames(self.info, recordings, cache)
         self._loaded: list[np.ndarray] = []
         if in_memory:
             workers = os.cpu_count() or 1

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import pickle
 import resource
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from pianodiff.audio import SpectrogramConfig, load_audio, normalize_peak, save_audio, to_spectrogram
 from pianodiff.data import BlockDataset, _collect, _prepare_one, _run, open_store, prepare
+from pianodiff.files import Cache
 from pianodiff.recordings import SPLITS, Recording, find_recordings
 
 BLOCKS = {"train": 3 + 5, "validation": 3, "test": 2}
@@ -659,6 +661,33 @@ def test_a_store_that_lost_an_array(music, mine, store):
         BlockDataset(mine, "train", random_offset=False)[0]
     prepare(music, mine, CFG, jobs=1)
     assert contents(mine) == contents(store)
+
+
+@pytest.mark.parametrize("change", [{"split": None}, {"split": "late"}, {"frames": -1}, {"frames": "9"}, {"id": 3}])
+def test_a_listing_that_is_damaged(mine, change):
+    about = json.loads((mine / "zarr.json").read_text())
+    first = about["attributes"]["recordings"][0]
+    first |= {key: value for key, value in change.items() if value is not None}
+    for key in [key for key, value in change.items() if value is None]:
+        del first[key]
+    (mine / "zarr.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="the attributes of .*mine are damaged .* make it anew"):
+        open_store(mine)
+
+
+def test_a_cached_recording_that_was_made_anew(music, mine, tmp_path):
+    def blocks() -> torch.Tensor:
+        dataset = BlockDataset(mine, "train", random_offset=False, cache=Cache(tmp_path / "cache", 0.1))
+        return torch.stack([dataset[i]["spec"] for i in range(len(dataset))])
+
+    before = blocks()
+    assert torch.equal(blocks(), before)
+    other = shutil.copytree(music, tmp_path / "other/music")
+    save_audio(other / "2004/a.wav", sound(9, SECONDS["a"]))
+    shutil.rmtree(mine / "2004--a.wav")
+    prepare(other, mine, CFG, jobs=1)
+    after = blocks()
+    assert not torch.equal(after[:3], before[:3]) and torch.equal(after[3:], before[3:])
 
 
 # Places

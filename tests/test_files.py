@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save
 
 from pianodiff.files import (
+    Cache,
+    _make_room,
     _mpeg_frames,
     ahead,
     cached,
@@ -197,6 +199,36 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="the cache .*file can't be written .*; give another folder"):
         save_tensors(tmp_path / "file" / "x", {"x": torch.ones(3)})
+
+
+# ---- a cache
+
+def test_a_cache_gives_back_what_is_whole(tmp_path):
+    cache = Cache(tmp_path / "new/cache", 0.1)
+    assert cache.get("a") is None
+    for data in (b"music", b"", bytes(10**6)):
+        cache.put("a", data)
+        assert cache.get("a") == data == Cache(tmp_path / "new/cache", 5).get("a")
+    (path,) = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert cache.get("a") is None
+    cache.put("a", bytes(2 * 10**6))  # more than a drawer holds
+    assert cache.get("a") is None
+    for size in (0, 0.05, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="GB is no use; give 0.1 GB or more"):
+            Cache(tmp_path, size)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="the cache .*file can't be made .* give another folder"):
+        Cache(tmp_path / "file", 1)
+
+
+def test_the_oldest_make_room(tmp_path):
+    for age, name in enumerate("dcba"):
+        (tmp_path / name).write_bytes(bytes(10))
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    assert _make_room(tmp_path, 5, most=45) and {path.name for path in tmp_path.iterdir()} == set("abcd")
+    assert _make_room(tmp_path, 15, most=35) and {path.name for path in tmp_path.iterdir()} == set("cd")
+    assert not _make_room(tmp_path, 36, most=35)
 
 
 # ---- sound files, whole or refused

@@ -338,6 +338,71 @@ def test_a_dot_in_the_names_of_a_zip_file(tmp_path):
     assert [opened.read(path) for path in told(tmp_path / "music.zip")[0]] == [b"./a.wav", b"./c/d.wav"]
 
 
+def test_a_zip_that_would_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(recordings, "_LARGE", 100_000)
+    for name in ("index.csv", "a.wav"):
+        with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr(name, bytes(200_000))
+        with pytest.raises(ValueError, match=rf"{name} .*would grow from 0\.0 to 0 MB; unpack it by another program"):
+            for recording in find_recordings(tmp_path / "bomb.zip"):
+                recordings.read_recording(recording, str(tmp_path / "bomb.zip"))
+
+
+def test_a_zip_whose_index_is_damaged(tmp_path):
+    with zipfile.ZipFile(tmp_path / "music.zip", "w") as file:
+        file.writestr("maestro-v9.csv", "split,audio_filename\ntrain,a.wav\n")
+    data = (tmp_path / "music.zip").read_bytes()
+    (tmp_path / "music.zip").write_bytes(data.replace(b"train,a", b"train,b"))
+    with pytest.raises(ValueError, match=r"maestro-v9.csv in .*zip can't be read \(Bad CRC-32 .*\); mend"):
+        find_recordings(tmp_path / "music.zip")
+
+
+@pytest.mark.parametrize("name", ["../secret.wav", "2004/../../secret.wav", "..\\secret.wav"])
+def test_a_row_that_leaves_the_data_set(name, tmp_path):
+    (tmp_path / "music").mkdir()
+    save_audio(tmp_path / "secret.wav", sound(0, 0.5))
+    (tmp_path / "music/maestro-v9.csv").write_text(f"split,audio_filename\ntrain,{name}\n")
+    with pytest.raises(ValueError, match="row 1 names .*secret.wav, outside of the data set; put it inside"):
+        find_recordings(tmp_path / "music")
+
+
+class Answer(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
+
+
+@pytest.mark.parametrize("errors, tries", [([], 1), ([ConnectionResetError("reset"), Answer(503), TimeoutError()], 4)])
+def test_patience(errors, tries, monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr(recordings.time, "sleep", slept.append)
+    answers = iter([*errors, "music"])
+
+    def read() -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert recordings.patiently(read) == "music"
+    assert len(slept) == tries - 1 and slept == sorted(slept)
+
+
+def test_patience_has_an_end(monkeypatch):
+    monkeypatch.setattr(recordings.time, "sleep", lambda seconds: None)
+
+    def fail(error: Exception) -> None:
+        tried.append(error)
+        raise error
+
+    for error, expected in ((Answer(500), ConnectionError), (TimeoutError(), ConnectionError), (Answer(403), Answer),
+                            (FileNotFoundError(), FileNotFoundError), (ValueError(), ValueError)):
+        tried: list[Exception] = []
+        with pytest.raises(expected):
+            recordings.patiently(lambda error=error: fail(error))
+        assert len(tried) == (6 if expected is ConnectionError else 1)
+
+
 def test_two_paths_of_one_id(tmp_path):
     touch(tmp_path, "a/b.wav", "a--b.wav", "a/c.wav")
     ids = {r.path: r.id for r in find_recordings(tmp_path)}

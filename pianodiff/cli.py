@@ -22,17 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, __version__
-from pianodiff.terminal import (
-    counted,
-    discreet,
-    interruptible,
-    lasting,
-    own_streams,
-    printed,
-    progress_bar,
-    speakers,
-    wav_pipe,
-)
+from .terminal import counted, discreet, interruptible, lasting, own_streams, printed, progress_bar
 
 # %% ../nbs/19_cli.ipynb #cli00030
 if os.environ.get("NO_COLOR"):  # tyro doesn't know it
@@ -94,6 +84,8 @@ def _in_short(piano: "Piano", folder: Path) -> dict[str, Any]:
                            f"{' and '.join(devices)}")
     losses = last.get("validation", {}).get("loss", {})
     if shown := [f"{losses[s]:.3f} at {s}" for s in ("0.1", "1", "10") if s in losses]:
+        if (seen := last["validation"].get("images")) != last.get("images"):
+            shown.append(f"after {counted(seen or 0, 'block')}")
         facts["loss by sigma"] = ", ".join(shown)
     if "licence" in config:
         facts["licence"] = config["licence"]
@@ -122,8 +114,8 @@ def _of_sound(path: Path) -> dict[str, Any]:
     made = re.fullmatch(r"(pianodiff [^\s:]+): (pianodiff .*)", about.comment)
     if not made:
         return facts | {"made by": "its tags don't tell"}
-    facts |= {"made by": made[1], "again": made[2]}
-    asked = re.match(r"pianodiff generate --seconds (\S+)", made[2])
+    facts |= {"made by": made[1], "again": f"{made[2]} --out again{path.suffix}"}
+    asked = re.search(r" --seconds (\S+)", made[2])
     if asked and float(asked[1]) > about.seconds + 0.01:
         facts["interrupted"] = f"the command makes {asked[1]} s"
     return facts
@@ -295,6 +287,9 @@ def _check_outputs(request: Request, out: Path, prompt: Path | None) -> None:
         _check_output(request.image, (".png",), prompt, request.force)
 
 # %% ../nbs/19_cli.ipynb #a2c4c1e4
+from .terminal import speakers, wav_pipe
+
+
 @dataclass
 class _Made:
     """What came of a stream."""
@@ -556,11 +551,16 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
     _check_output(out, (".html",), force=force)
     from pianodiff.evaluate import evaluate as evaluate_music
 
-    results = evaluate_music(generated, reference, out, pieces=pieces, seconds=seconds,
-                             steps=steps, sampler=sampler, guidance=guidance,
-                             guidance_interval=guidance_interval, training=training,
-                             transpose=transpose, embeddings=embeddings, splits=splits,
-                             blocks=blocks, seed=seed, cache=cache, soundfont=soundfont)
+    try:
+        results = evaluate_music(
+            generated, reference, out, pieces=pieces, seconds=seconds, steps=steps,
+            sampler=sampler, guidance=guidance, guidance_interval=guidance_interval,
+            training=training, transpose=transpose, embeddings=embeddings,
+            splits=splits, blocks=blocks, seed=seed, cache=cache, soundfont=soundfont)
+    except KeyboardInterrupt:
+        print("what is finished is kept: run the same again, and it goes on",
+              file=sys.stderr)
+        raise
     _print_results(results, out)
 
 
@@ -568,13 +568,14 @@ def _print_results(results: dict[str, Any], out: Path) -> None:
     """The distances, and what was compared in which time."""
     from pianodiff.distance import farther
 
+
     for name, table in results["distances"].items():
         for title, key in (("Fréchet", "frechet"), ("kernel", "kernel")):
             figures = [f"{row} {values[key]:.4g}" for row, values in table.items()]
             print(f"{title} distance ({name}): {', '.join(figures)}")
         floor = results["floors"][name]
-        print(f"by the first, {results['generated']['name']} is farther off than other "
-              f"real music in {farther(floor)} of {len(floor['real'])} random "
+        print(f"by the Fréchet distance, {results['generated']['name']} is farther off "
+              f"than other real music in {farther(floor)} of {len(floor['real'])} random "
               "divisions")
     making, evaluating = (results["seconds"][part] for part in ("making", "evaluating"))
     print(f"{out} and {out.with_suffix('.json')}: {results['generated']['blocks']} "
@@ -671,6 +672,9 @@ def _flags(command: list[str]) -> list[str]:
     return re.findall(r"--[\w-]+", page.getvalue())
 
 # %% ../nbs/19_cli.ipynb #cli00007
+from .terminal import plain_warnings
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command, and return its exit code.
 
@@ -684,7 +688,7 @@ def main(args: Sequence[str] | None = None) -> int:
         # any name of a file can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with interruptible(), printed():
+        with interruptible(), printed(), plain_warnings():
             if args[:1] == ["--version"]:
                 print(f"pianodiff {__version__}")
             else:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import fsspec
 import numpy as np
@@ -264,7 +264,9 @@ def _run_in_processes(work: _Work, todo: Sequence[Recording], jobs: int) -> _Res
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"),
                              _start_worker) as pool:
         try:
-            pending = {pool.submit(work, recording): recording for recording in todo}
+            with _undisturbed():
+                pending = {pool.submit(work, recording): recording
+                           for recording in todo}
             yield from ((pending[done], done.result())
                         for done in as_completed(pending))
         except (BrokenProcessPool, BrokenPipeError) as error:
@@ -274,8 +276,19 @@ def _run_in_processes(work: _Work, todo: Sequence[Recording], jobs: int) -> _Res
             pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep Ctrl-C from processes that start here: it is this one's to handle, later."""
+    mask = getattr(signal, "pthread_sigmask", lambda *args: None)  # not on Windows
+    mask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        mask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -434,8 +447,9 @@ def _check_listed(finished: Iterable[str], recordings: Sequence[Recording], stor
                   source: str) -> None:
     """Raise ValueError where the store holds what the source doesn't list."""
     if strangers := set(finished) - {r.id for r in recordings}:
-        raise ValueError(f"the store {store} holds {min(strangers)}, which {source} "
-                         "lacks; give another folder, or delete it in the store")
+        name = min(strangers)
+        raise ValueError(f"the store {store} holds {unquote(name)}, which {source} "
+                         f"lacks; give another folder, or delete {store}/{name}")
 
 
 def _as_kept(recordings: Sequence[Recording], finished: Iterable[str],

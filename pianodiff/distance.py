@@ -154,7 +154,7 @@ def _check_pair(n: int, x_dim: int, reference: Moments,
     if few <= x_dim:
         warnings.warn(f"{few} clips in {x_dim} dimensions give a covariance without "
                       "full rank, and a distance that is much too large; give more "
-                      "clips, shrink the covariances, or trust the kernel distance",
+                      "music, or trust the kernel distance",
                       stacklevel=3)
 
 

@@ -38,7 +38,7 @@ from .music import STATISTICS, drift_section, music_section
 from .novelty import novelty_section
 from .pieces import Comparison, Pieces, Section, by_decades, in_style, make_pieces, new_axes, read_pieces
 from .recordings import find_recordings, of_splits
-from .terminal import discreet
+from .terminal import counted, discreet
 
 # %% ../nbs/18_evaluate.ipynb #6488d84d
 def training_curves(log: str | os.PathLike) -> tuple[Tensor, dict[str, Tensor]]:
@@ -215,6 +215,10 @@ def _check_reference(model: Piano | None, reference: str | os.PathLike,
     Warn where it seems to hold what the model was trained on.
     """
     recordings = of_splits(find_recordings(reference), reference, splits)
+    if len({recording.title for recording in recordings}) < 2:
+        raise ValueError(f"{reference} has {counted(len(recordings), 'recording')} of "
+                         "one title, and half of the titles are set aside; give other "
+                         "splits, or more recordings")
     known = {run.get("data") for run in trainings(model.config if model else {})}
     trained = sum(recording.split == "train" for recording in recordings)
     if trained and Path(reference).name in known:

@@ -158,8 +158,11 @@ def load_model(
     about, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
     for path in (about, weights):
         if not path.is_file():
+            advice = "give the folder of a model, or of a run"
+            if (Path(folder) / "log.csv").is_file():
+                advice = "it is a run without a model yet: run `pianodiff train` again"
             raise FileNotFoundError(f"{folder} holds no model: {path.name} is missing; "
-                                    "give the folder of a model, or of a run")
+                                    f"{advice}")
     config, net = _read_config(about)
     try:
         net.load_state_dict(load_file(weights))  # into float32

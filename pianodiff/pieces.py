@@ -34,6 +34,7 @@ from .generate import Piano, Sampling
 from .model import find_model
 from .phases import to_wave
 from .recordings import MIDI_ENDINGS, Recording, find_soundfont, of_splits, read_recording, scan_source, tell
+from .terminal import counted
 
 # %% ../nbs/13_pieces.ipynb #daa95370
 class Piece(NamedTuple):
@@ -108,8 +109,8 @@ class Pieces(Sequence[Piece]):
         reference = Pieces(kept, self.cfg)
         if others.blocks < blocks or reference.blocks < 2:
             raise ValueError("the reference has too few blocks: "
-                             f"{self.blocks} in {len(self.titles)} titles, of which "
-                             f"{blocks}, as many as there are generated ones, have to "
+                             f"{self.blocks} in {counted(len(self.titles), 'title')}, "
+                             f"of which {blocks}, as many as there are generated ones, have to "
                              "be set aside by title; give more recordings, or fewer "
                              "pieces")
         return reference, others

@@ -111,12 +111,20 @@ def _unread(files: list[str]) -> list[str]:
     others = Counter(posixpath.splitext(f)[1].lower() or posixpath.basename(f)
                      for f in files
                      if not f.lower().endswith((*AUDIO_ENDINGS, *MIDI_ENDINGS)))
-    kinds = [f"{count} {_legible(ending)}" for ending, count in others.most_common(5)]
-    more = ["..."] * (len(others) > 5)
-    told = f"passed over, being no sound that is read: {', '.join(kinds + more)}"
     notes = len(files) - sum(others.values()) - len(_split_by_name(files))
-    doubles = f"passed over, being MIDI beside sound of the same name: {notes}"
-    return [told] * bool(kinds) + [doubles] * bool(notes)
+    told = [f"passed over, being MIDI beside sound of the same name: {notes}"]
+    told *= bool(notes)
+    unread = Counter({ending: others.pop(ending) for ending in _UNREAD & set(others)})
+    for kinds, what in ((others, "passed over, being no sound that is read"),
+                        (unread, "passed over; convert such sound to FLAC or WAV")):
+        some = [f"{count} {_legible(ending)}" for ending, count in kinds.most_common(5)]
+        told += [f"{what}: {', '.join(some + ['...'] * (len(kinds) > 5))}"] * bool(some)
+    return told
+
+
+# Sound that libsndfile can't decode
+_UNREAD = {".m4a", ".aac", ".mp4", ".m4b", ".wma", ".webm", ".amr", ".3gp", ".mka",
+           ".ape", ".wv", ".dsf"}
 
 # %% ../nbs/04_recordings.ipynb #f24e9274
 # The names of the columns, and the rows

@@ -107,8 +107,8 @@ def again(capsys, sound: str) -> list[str]:
     assert main(["info", sound]) == 0
     rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["made by"] == f"pianodiff {pianodiff.__version__}"
-    program, *words = shlex.split(rows["again"])
-    assert program == "pianodiff"
+    program, *words, out, name = shlex.split(rows["again"])
+    assert (program, out, name) == ("pianodiff", "--out", f"again{Path(sound).suffix}")
     return words
 
 

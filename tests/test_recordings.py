@@ -283,7 +283,8 @@ def test_all_endings_of_sound(tmp_path):
     touch(tmp_path, *(f"{ending[1:]}{ending.upper()}" for ending in recordings.AUDIO_ENDINGS), "x.m4a", "y.m4a", "z")
     paths, remarks = told(tmp_path)
     assert len(paths) == len(recordings.AUDIO_ENDINGS) and set(AUDIO_FORMATS) <= set(recordings.AUDIO_ENDINGS)
-    assert remarks == ["passed over, being no sound that is read: 2 .m4a, 1 z"]
+    assert remarks == ["passed over, being no sound that is read: 1 z",
+                       "passed over; convert such sound to FLAC or WAV: 2 .m4a"]
     with pytest.raises(ValueError, match=r"no sound file \(passed over, .* 1 \.wma\); give another folder"):
         find_recordings(touch(tmp_path / "none", "a.wma"))
 

@@ -417,6 +417,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'pianodiff.pieces.Section': ('pieces.html#section', 'pianodiff/pieces.py'),
                                   'pianodiff.pieces._batch': ('pieces.html#_batch', 'pianodiff/pieces.py'),
                                   'pianodiff.pieces._blocks_bar': ('pieces.html#_blocks_bar', 'pianodiff/pieces.py'),
+                                  'pianodiff.pieces._claimed': ('pieces.html#_claimed', 'pianodiff/pieces.py'),
                                   'pianodiff.pieces._collected': ('pieces.html#_collected', 'pianodiff/pieces.py'),
                                   'pianodiff.pieces._enough': ('pieces.html#_enough', 'pianodiff/pieces.py'),
                                   'pianodiff.pieces._first': ('pieces.html#_first', 'pianodiff/pieces.py'),

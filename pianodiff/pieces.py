@@ -10,9 +10,10 @@ import itertools
 import math
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -300,6 +301,36 @@ def _blocks_bar(total: int, model: str) -> Iterator[Callable[[int], Any]]:
         finally:
             ended.set()
 
+# %% ../nbs/13_pieces.ipynb #scl00002
+try:
+    import fcntl
+except ImportError:  # on Windows; batches aren't claimed there
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether the file at `path` is this process' to make, or to read.
+
+    No other process has the claim before this one lets go of it, or ends.
+    """
+    mine, claim = True, path.with_suffix(".claim")
+    with ExitStack() as stack:
+        if fcntl:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(claim, "w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                mine = False
+            except OSError:  # no locks; or a folder that can only be read
+                pass
+        yield mine
+        # not where the file couldn't be made: another process may have this claim open
+        if mine:
+            with suppress(OSError):
+                claim.unlink()
+
 # %% ../nbs/13_pieces.ipynb #36a8f7e8
 def make_pieces(
     model: str | os.PathLike, cache: str | os.PathLike, *,
@@ -309,9 +340,10 @@ def make_pieces(
     """What a model makes of the seeds from `seed` on: the whole blocks of `seconds`.
 
     Pieces are made five at a time, by the default `Sampling` unless told otherwise.
-    The folder `cache` keeps them, and none is made twice. Raises FileNotFoundError for
-    a model that isn't there, and ValueError for one, or settings, that can't be used or
-    give fewer than `least` blocks.
+    The folder `cache` keeps them, and none is made twice. Processes with the same cache
+    share the work, and each returns all pieces. Raises FileNotFoundError for a model
+    that isn't there, and ValueError for one, or settings, that can't be used or give
+    fewer than `least` blocks.
     """
     sampling = sampling or Sampling()
     folder = find_model(model)
@@ -329,13 +361,23 @@ def make_pieces(
                for first in range(seed, end, _TOGETHER)]
     with _blocks_bar(pieces * blocks, folder.name) as report:
 
-        def make(seeds: range) -> list[Piece]:
+        def make(seeds: range, wait: bool) -> list[Piece]:
             name = _key(folder, blocks, *astuple(sampling), seeds)
             path = Path(cache) / f"{name}.safetensors"
-            return _batch(piano, path, blocks, seeds, sampling, report)
+            while True:
+                with _claimed(path) as mine:
+                    if mine:
+                        return _batch(piano, path, blocks, seeds, sampling, report)
+                if not wait:
+                    return []
+                report(0)  # which stops a thread that is no longer needed
+                time.sleep(0.2)
 
-        made = list(in_order(make, batches))
-    return Pieces([piece for batch in made for piece in batch], cfg)
+        made: dict[range, list[Piece]] = {}
+        for wait in (False, True):
+            left = [seeds for seeds in batches if not made.get(seeds)]
+            made |= zip(left, in_order(partial(make, wait=wait), left), strict=True)
+    return Pieces([piece for seeds in batches for piece in made[seeds]], cfg)
 
 # %% ../nbs/13_pieces.ipynb #8357b08f
 def _retrieved(piece: Piece, cfg: SpectrogramConfig, seed: int) -> Piece:

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['EVAL_SIGMAS', 'WAYS', 'TrainConfig', 'check_shape', 'learning_rate', 'adamw', 'ema_gamma', 'PowerEMA', 'draw_batch',
-           'standardise', 'augment', 'training_loss', 'validation_losses', 'ValidationSet', 'hold_out', 'native_bf16',
-           'use_bf16', 'Way', 'ways_to_try', 'fastest']
+           'standardise', 'augment', 'draw_noise', 'training_loss', 'validation_losses', 'ValidationSet', 'hold_out',
+           'native_bf16', 'use_bf16', 'Way', 'ways_to_try', 'fastest']
 
 # %% ../nbs/09_recipe.ipynb #f4927582
 import math
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import BlockDataset, Store
-from .edm import Denoiser, denoising_loss, edm_loss
+from .edm import Denoiser, denoising_loss
 from .files import seed_of
 from .model import PRESETS
 from .unet import UNetConfig
@@ -39,6 +39,7 @@ class TrainConfig:
     unet: UNetConfig | None = None  # another network, in place of the preset's
     images: int = 1_000_000  # blocks to see in the whole run
     batch_size: int = 16  # blocks a step, over all processes
+    accumulate: int = 1  # parts of each process' share, taken one after another
     lr: float = 1e-3  # AdamW's learning rate after warm-up
     betas: tuple[float, float] = (0.9, 0.99)  # AdamW's decay of the two moments
     weight_decay: float = 0.01  # AdamW's, of matrices and kernels only
@@ -76,8 +77,8 @@ class TrainConfig:
         return self.unet or PRESETS[self.preset]
 
 # %% ../nbs/09_recipe.ipynb #ccc961d0
-_POSITIVE = ("images", "batch_size", "lr", "P_std", "grad_clip", "workers",
-             "eval_blocks", "eval_images", "log_images", "checkpoint_images",
+_POSITIVE = ("images", "batch_size", "accumulate", "lr", "P_std", "grad_clip",
+             "workers", "eval_blocks", "eval_images", "log_images", "checkpoint_images",
              "checkpoint_seconds", "snapshot_images")
 
 
@@ -193,22 +194,22 @@ def draw_batch(
 
     {"spec", "prev": `[b, 1, F, W]`, "has_prev": `[b]`}; `spec` and `prev` are uint8, as
     they are stored: a GPU gets a quarter of the bytes, and `standardise` scales them.
-    A pure function of the seed, the step and the process. The first `count` blocks of
-    the data set come in a new order each epoch, each once, at a random offset.
-    `has_prev` is False where there is no predecessor, and where condition dropout
-    withholds it.
+    A pure function of the seed and the step, of which each process takes its share. The
+    first `count` blocks of the data set come in a new order each epoch, each once, at a
+    random offset. `has_prev` is False where there is no predecessor, and where
+    condition dropout withholds it.
     """
-    size, width = config.batch_size // world, dataset.info.cfg.n_frames
-    generator = torch.Generator().manual_seed(seed_of(2, config.seed, step, rank))
-    offsets = torch.randint(width, (size,), generator=generator)
-    keep = torch.rand(size, generator=generator) >= config.cond_dropout
-    positions = [step * config.batch_size + rank * size + j for j in range(size)]
-    blocks = []
-    for position, offset in zip(positions, offsets, strict=True):
+    whole, width = config.batch_size, dataset.info.cfg.n_frames
+    # the last 0 keeps the numbers that version 0.1.0 drew
+    generator = torch.Generator().manual_seed(seed_of(2, config.seed, step, 0))
+    offsets = torch.randint(width, (whole,), generator=generator)
+    keep = torch.rand(whole, generator=generator) >= config.cond_dropout
+    first, blocks = step * whole + rank * (whole // world), []
+    for position, offset in enumerate(offsets.chunk(world)[rank].tolist(), first):
         order = _permutation(count, config.seed, position // count)
-        blocks.append(dataset.codes(int(order[position % count]), int(offset)))
+        blocks.append(dataset.codes(int(order[position % count]), offset))
     batch = _collate(blocks)
-    return batch | {"has_prev": batch["has_prev"] & keep}
+    return batch | {"has_prev": batch["has_prev"] & keep.chunk(world)[rank]}
 
 # %% ../nbs/09_recipe.ipynb #270762b2
 def standardise(
@@ -232,17 +233,35 @@ def augment(prev: Tensor, most: float) -> Tensor:
     return prev + level * torch.randn_like(prev)
 
 
-def training_loss(
-    denoiser: Denoiser, batch: dict[str, Tensor], mean: float, std: float,
-    config: TrainConfig,
-) -> Tensor:
-    """The mean loss of a batch at random noise levels, Eqs. (25) and (32); one number.
+def draw_noise(
+    config: TrainConfig, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Noise for a whole batch of B blocks, from PyTorch's global generator.
 
-    `batch` is as `draw_batch` gives it; `mean` and `std` are those of `standardise`.
+    {"faults": `[B, 1, F, W]`, what `augment` adds to predecessors; "sigma": `[B]`,
+    noise levels, Eq. (32); "noise": `[B, 1, F, W]`, of unit variance}.
+    """
+    size, network = config.batch_size, config.network
+    # frames stay together in memory, as those of the blocks do
+    still = torch.zeros(size, 1, network.n_frames, network.n_bins, device=device).mT
+    faults = augment(still, config.cond_noise)
+    log_sigma = config.P_mean + config.P_std * torch.randn(size, device=device)
+    noise = torch.randn(still.shape, device=device)
+    return {"faults": faults, "sigma": log_sigma.exp(), "noise": noise}
+
+
+def training_loss(
+    denoiser: Denoiser, batch: dict[str, Tensor], mean: float, std: float
+) -> Tensor:
+    """The mean loss of a batch under its noise, Eq. (25); one number.
+
+    `batch` holds what `draw_batch` and `draw_noise` give, or a part of each; `mean` and
+    `std` are those of `standardise`.
     """
     y, (prev, has_prev) = standardise(batch, mean, std, denoiser.sigma_data)
-    cond = augment(prev, config.cond_noise), has_prev
-    return edm_loss(denoiser, y, cond, P_mean=config.P_mean, P_std=config.P_std).mean()
+    cond = prev + batch["faults"], has_prev
+    losses = denoising_loss(denoiser, y, batch["sigma"], batch["noise"], cond)
+    return losses.mean()
 
 # %% ../nbs/09_recipe.ipynb #92b54625
 EVAL_SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 40.0)

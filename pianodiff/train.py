@@ -144,9 +144,9 @@ class _State:
 
 # %% ../nbs/10_train.ipynb #f90eb120
 # what may change when a run is resumed; all else would make it another run
-_RESUMABLE = ("images", "mixed_precision", "compile", "in_memory", "workers",
-              "log_images", "eval_images", "checkpoint_images", "checkpoint_seconds",
-              "snapshot_images")
+_RESUMABLE = ("images", "accumulate", "mixed_precision", "compile", "in_memory",
+              "workers", "log_images", "eval_images", "checkpoint_images",
+              "checkpoint_seconds", "snapshot_images")
 
 
 def _as_json(value: Any) -> Any:
@@ -203,9 +203,11 @@ def _join(config: TrainConfig) -> Accelerator:
     """This process' device, and its place among those that were launched."""
     torch.backends.cudnn.deterministic = True  # the same kernels in every run
     accelerator = Accelerator(mixed_precision="no")  # autocast is ours, around the loss
-    if config.batch_size % accelerator.num_processes:
-        raise ValueError(f"{accelerator.num_processes} processes can't share "
-                         f"batch_size {config.batch_size}; choose a multiple")
+    parts = accelerator.num_processes * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(f"batch_size {config.batch_size} is no multiple of {parts}, "
+                         f"processes ({accelerator.num_processes}) times accumulate "
+                         f"({config.accumulate}); choose one that is")
     return accelerator
 
 
@@ -270,7 +272,7 @@ def _resume(run: _Run) -> _State:
         raise _damaged(run.checkpoint) from error
 
 # %% ../nbs/10_train.ipynb #e499d56b
-from .recipe import learning_rate, training_loss
+from .recipe import draw_noise, learning_rate, training_loss
 
 # %% ../nbs/10_train.ipynb #913313b1
 def _draw(run: _Run, step: int) -> dict[str, Tensor]:
@@ -282,13 +284,31 @@ def _draw(run: _Run, step: int) -> dict[str, Tensor]:
     return batch
 
 
-def _loss(run: _Run, batch: dict[str, Tensor]) -> Tensor:
-    """The mean loss of this process' batch."""
-    facts, rank = run.state.facts, run.place[0]
-    torch.manual_seed(seed_of(5, run.config.seed, facts.step, rank))
+def _parts(run: _Run, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """This process' blocks of a step and their noise, in `accumulate` equal parts."""
+    config, (rank, world) = run.config, run.place
+    # the last 0 keeps the numbers that version 0.1.0 drew
+    torch.manual_seed(seed_of(5, config.seed, run.state.facts.step, 0))
+    noise = draw_noise(config, run.device)
     batch = {key: t.to(run.device, non_blocking=True) for key, t in batch.items()}
-    with run.way.on(run.device):
-        return training_loss(run.denoiser, batch, facts.mean, facts.std, run.config)
+    batch |= {key: t.chunk(world)[rank] for key, t in noise.items()}
+    parts = zip(*(t.chunk(config.accumulate) for t in batch.values()), strict=True)
+    return [dict(zip(batch, part, strict=True)) for part in parts]
+
+
+def _loss(run: _Run, batch: dict[str, Tensor]) -> Tensor:
+    """The mean loss of this process' blocks; the weights get the batch's gradient."""
+    facts, parts, network = run.state.facts, _parts(run, batch), run.denoiser.net
+    mean_loss = torch.zeros((), device=run.device)
+    for part in parts:
+        # processes exchange their gradients once a step, with the last part
+        last = part is parts[-1]
+        with nullcontext() if last else run.accelerator.no_sync(network):
+            with run.way.on(run.device):
+                loss = training_loss(run.denoiser, part, facts.mean, facts.std)
+            run.accelerator.backward(loss / len(parts))
+        mean_loss += loss.detach() / len(parts)
+    return mean_loss
 
 
 def _agree(
@@ -298,7 +318,7 @@ def _agree(
 
     Raises ValueError where the means are not finite.
     """
-    own = torch.stack([loss.detach(), norm, *loss.new_tensor(flags)])
+    own = torch.stack([loss, norm, *loss.new_tensor(flags)])
     mean_loss, mean_norm, *raised = run.accelerator.reduce(own, "mean").tolist()
     if not math.isfinite(mean_loss + mean_norm):
         raise ValueError(f"the loss is {mean_loss} and the gradient's norm {mean_norm} "
@@ -315,7 +335,7 @@ def _validate(run: _Run) -> dict[str, float]:
     """Loss at each of EVAL_SIGMAS, of the averaged weights, over all processes."""
     facts, denoiser = run.state.facts, Denoiser(run.state.ema.net)
     y, cond = standardise(run.held.blocks, facts.mean, facts.std, denoiser.sigma_data)
-    size = run.config.batch_size // run.place[1]
+    size = run.config.batch_size // (run.place[1] * run.config.accumulate)
     losses = validation_losses(denoiser, y, cond, run.held.noise, size)
     own = torch.cat([losses.sum(0), losses.new_tensor([len(losses)])])
     *sums, blocks = run.accelerator.reduce(own).tolist()
@@ -469,12 +489,12 @@ def _try_ways(run: _Run) -> Way:
     ways = ways_to_try(run.config.compile)
     if run.main:
         net = deepcopy(run.state.net)
-        denoiser, batch = Denoiser(net), _draw(run, facts.step)
+        denoiser, part = Denoiser(net), _parts(run, _draw(run, facts.step))[0]
 
         def seconds(way: Way) -> float:
             begin = time.perf_counter()
             with way.on(run.device):
-                loss = training_loss(denoiser, batch, facts.mean, facts.std, run.config)
+                loss = training_loss(denoiser, part, facts.mean, facts.std)
             loss.backward()
             net.zero_grad()
             return time.perf_counter() - begin
@@ -546,7 +566,6 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
             loss = _loss(run, batch)
-            run.accelerator.backward(loss)
             norm = nn.utils.clip_grad_norm_(state.net.parameters(), config.grad_clip)
             late = run.main and time.monotonic() - saved >= config.checkpoint_seconds
             mean_loss, mean_norm, (stopping, saving) = _agree(

@@ -1,11 +1,16 @@
 """Pieces that are read and made, their splits, and the rows that are made of them."""
 
+import inspect
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from pianodiff.audio import SpectrogramConfig, save_audio, to_spectrogram
+from pianodiff.evaluate import evaluate
 from pianodiff.generate import Piano, Sampling
 from pianodiff.joins import retrieval_residue
 from pianodiff.pieces import Piece, Pieces, make_pieces, noise_like, read_pieces, retrieved, shifted, shuffled
@@ -144,6 +149,35 @@ def test_interrupted_work_goes_on_where_it_was(tmp_path, monkeypatch):
     made = made_by_nano(tmp_path, pieces=7, seconds=2.1)
     assert [piece.name for piece in made] == [f"seed {i}" for i in range(3, 10)]
     assert sorted(calls) == [[3, 4, 5, 6, 7], [8, 9], [8, 9]]  # those that were ready are not made again
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="batches aren't claimed there")
+def test_two_at_one_folder_share_the_work(tmp_path, monkeypatch):
+    """Both begin a batch at once, none is made twice, and both have all in the end."""
+    spectrograms, calls, begun = Piano.spectrograms, [], threading.Barrier(2)
+
+    def noted(self, seconds, seeds, **kwargs):
+        calls.append(list(seeds))
+        if len(calls) <= 2:
+            begun.wait(600)
+        return spectrograms(self, seconds, seeds, **kwargs)
+
+    monkeypatch.setattr(Piano, "spectrograms", noted)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)    # each makes one batch at a time
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: made_by_nano(tmp_path, pieces=12, seconds=2.1), range(2))
+    assert sorted(calls) == [[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
+    assert [piece.name for piece in first] == [f"seed {i}" for i in range(3, 15)]
+    assert all(torch.equal(piece.wave, same.wave) for piece, same in zip(first, second, strict=True))
+    assert len(list(tmp_path.iterdir())) == 3    # no claim is left
+
+
+def test_a_report_finds_the_pieces_that_were_made_before():
+    """By the defaults of both, as the chapter has it."""
+    asked, made = (inspect.signature(function).parameters for function in (evaluate, make_pieces))
+    assert all(asked[name].default == made[name].default for name in ("pieces", "seconds", "seed"))
+    names = ("sampler", "steps", "guidance", "guidance_interval")
+    assert Sampling() == Sampling(*(asked[name].default for name in names))
 
 
 # rows

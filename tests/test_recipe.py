@@ -9,14 +9,16 @@ from test_train import CONFIG, SPECTROGRAM, chords
 from torch import nn
 
 from pianodiff.data import BlockDataset, prepare
-from pianodiff.edm import Denoiser
+from pianodiff.edm import Denoiser, edm_loss
 from pianodiff.recipe import (
     EVAL_SIGMAS,
     WAYS,
     PowerEMA,
     TrainConfig,
     adamw,
+    augment,
     draw_batch,
+    draw_noise,
     fastest,
     hold_out,
     learning_rate,
@@ -36,6 +38,8 @@ def data(tmp_path_factory) -> BlockDataset:
 
 @pytest.mark.parametrize("wrong, message", [
     ({"images": 0}, "images must be positive, not 0"), ({"lr": float("nan")}, "lr must be"),
+    ({"accumulate": 0}, "accumulate must be positive, not 0"),
+    ({"accumulate": 1.5}, "accumulate must be a whole number"),
     ({"cond_dropout": 2}, "cond_dropout must lie between 0 and 1"), ({"seed": -1}, "seed must"),
     ({"unet": None, "preset": "x"}, "no preset 'x'; choose"), ({"P_mean": float("nan")}, "P_mean must be finite"),
     ({"betas": (0.9, 1)}, "betas must be"), ({"betas": (-0.1, 0.9)}, "betas must be"),
@@ -79,6 +83,16 @@ def test_each_block_comes_once_an_epoch(data, monkeypatch):
     assert sorted(seen) == list(range(count)) and seen != sorted(seen)
 
 
+def test_shares_of_a_batch_make_up_the_whole(data):
+    """Offsets, blocks and dropout are drawn for all, whatever the number of processes."""
+    config = replace(CONFIG, batch_size=12, cond_dropout=0.5)
+    for step in range(4):
+        whole = draw_batch(data, 10, config, step)
+        for world in (2, 3, 12):
+            shares = [draw_batch(data, 10, config, step, rank, world) for rank in range(world)]
+            assert all(torch.equal(torch.cat([share[key] for share in shares]), whole[key]) for key in whole)
+
+
 def test_held_out_blocks_are_shared_and_the_same(data):
     whole, halves = hold_out(data, CONFIG), [hold_out(data, CONFIG, rank, 2) for rank in range(2)]
     assert (whole.split, whole.training_blocks, len(whole.noise)) == ("validation", len(data), CONFIG.eval_blocks)
@@ -101,8 +115,19 @@ def test_the_loss_is_a_function_of_the_seed(data):
     losses = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        losses.append(training_loss(net, batch, data.info.mean, data.info.std, CONFIG).item())
+        losses.append(training_loss(net, batch | draw_noise(CONFIG), data.info.mean, data.info.std).item())
     assert losses[0] == losses[1] != losses[2] and 0.3 < losses[0] < 3
+
+
+def test_noise_is_that_of_0_1_0(data):
+    """Which drew it while it computed the loss, in this order: its runs go on, bit for bit."""
+    net, batch = Denoiser(UNet(CONFIG.network)), draw_batch(data, len(data), CONFIG, step=0)
+    torch.manual_seed(7)
+    mine = training_loss(net, batch | draw_noise(CONFIG), data.info.mean, data.info.std)
+    torch.manual_seed(7)
+    y, (prev, has_prev) = standardise(batch, data.info.mean, data.info.std)
+    cond = augment(prev, CONFIG.cond_noise), has_prev
+    assert torch.equal(mine, edm_loss(net, y, cond, P_mean=CONFIG.P_mean, P_std=CONFIG.P_std).mean())
 
 
 def test_blocks_in_bytes_are_standardised_as_numbers():

@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
@@ -22,9 +22,10 @@ import torch
 
 from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import BlockDataset, prepare
+from pianodiff.files import seed_of
 from pianodiff.model import load_model, noise_levels
-from pianodiff.recipe import EVAL_SIGMAS, WAYS, TrainConfig, Way, learning_rate
-from pianodiff.train import _Progress, _tell_of_start, load_checkpoint, save_checkpoint, train
+from pianodiff.recipe import EVAL_SIGMAS, WAYS, TrainConfig, Way, draw_batch, draw_noise, learning_rate
+from pianodiff.train import _parts, _Progress, _tell_of_start, load_checkpoint, save_checkpoint, train
 from pianodiff.unet import UNetConfig
 
 SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)
@@ -478,21 +479,84 @@ def test_bf16_trains(store, tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint.safetensors")[0]["net.out.weight"].dtype == torch.float32
 
 
+def launch(processes: int, script: Path, *words: object,
+           options: tuple[str, ...] = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+                                       "--dynamo_backend", "no")) -> subprocess.CompletedProcess:
+    """Run a script by `accelerate launch`, as on GPUs; its processes then use the CPU.
+
+    With Accelerate's own `--cpu` there would be one process, whatever the number.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", processes,
+               "--main_process_port", 0, script, *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, timeout=3600)
+
+
 def test_two_processes_train_one_network(store, whole, tmp_path):
     """Under `accelerate launch`: the same blocks as one process sees, shared out, and one set of weights."""
     script = tmp_path / "two.py"
     script.write_text(f"""
+import sys
+from accelerate import PartialState
 from pianodiff.train import TrainConfig, train
 from pianodiff.unet import UNetConfig
 train({str(store)!r}, {str(tmp_path / "run")!r}, {AUTO!r})
+sys.stdout.write(f"one of {{PartialState().num_processes}}\\n")    # in one go
 """)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-              str(script)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, capture_output=True, text=True, env=env, timeout=3600)
+    done = launch(2, script)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("one of 2") == 2
     assert [row["images"] for row in rows(tmp_path / "run")] == [row["images"] for row in rows(whole)]
     facts = load_model(tmp_path / "run/model")[1]["training"]
     assert facts["images"] == 96 and facts["validation"]["blocks"] == 4
     assert Way(**facts["computing"]) in WAYS and done.stderr.count("a trial of 4 ways") == 1
+
+
+# a step in parts
+
+@pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (1, 4), (4, 1), (2, 2)])
+def test_parts_of_a_step_make_up_the_whole(store, world, accumulate):
+    data = BlockDataset(store, "train", random_offset=True)
+    config, facts = replace(CONFIG, accumulate=accumulate), SimpleNamespace(step=5)
+    found = []
+    for rank in range(world):
+        batch = draw_batch(data, len(data), config, facts.step, rank, world)
+        run = SimpleNamespace(config=config, place=(rank, world), device=torch.device("cpu"),
+                              state=SimpleNamespace(facts=facts))
+        found += _parts(run, batch)
+    assert len(found) == world * accumulate
+    whole = draw_batch(data, len(data), CONFIG, facts.step)
+    torch.manual_seed(seed_of(5, CONFIG.seed, facts.step, 0))
+    whole |= draw_noise(CONFIG)
+    assert all(part.keys() == whole.keys() for part in found)
+    for key, value in whole.items():
+        assert torch.equal(torch.cat([part[key] for part in found]), value)
+
+
+def test_a_batch_in_parts_has_the_losses_of_the_whole(store, whole, tmp_path, monkeypatch):
+    """Also where the number of parts changes on the way. Processes would exchange gradients once a step."""
+    alone: list[object] = []
+
+    def no_sync(self, model):
+        alone.append(model)
+        return nullcontext()
+
+    def stop(model, images):
+        raise InterruptedError
+
+    monkeypatch.setattr("pianodiff.train.Accelerator.no_sync", no_sync)
+    with pytest.raises(InterruptedError):
+        train(store, tmp_path, replace(CONFIG, accumulate=4), on_snapshot=stop)
+    assert len(alone) == 3 * 12
+    train(store, tmp_path, replace(CONFIG, accumulate=2))
+    assert len(alone) == 3 * 12 + 12
+    losses = [[float(row[name] or 0) for row in rows(run) for name in row if name == "loss" or name[:4] == "val_"]
+              for run in (tmp_path, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-5)
+
+
+def test_a_batch_has_as_many_blocks_as_parts(store, tmp_path):
+    told = r"batch_size 4 is no multiple of 3, processes \(1\) times accumulate \(3\); choose one that is"
+    with pytest.raises(ValueError, match=told):
+        train(store, tmp_path / "run", replace(CONFIG, accumulate=3))
+    assert not (tmp_path / "run").exists()

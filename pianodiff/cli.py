@@ -478,7 +478,8 @@ _Config = Annotated[Any, tyro.conf.arg(name="", constructor_factory=_train_confi
 
 
 def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
-          config: _Config, *, init: _Text = None) -> None:
+          config: _Config, *, init: _Text = None, cache: _File = None,
+          cache_size: float = 10) -> None:
     """Train a model; with the same RUN again, go on from its last checkpoint.
 
     Args:
@@ -486,12 +487,14 @@ def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
         run: the folder for checkpoints, logs, samples and the model
         init: start from the weights of this model (fine-tuning): a shipped name, a
             folder, or a Hub id
+        cache: a folder for what is read of a store that lies far away
+        cache_size: GB that the cache may take
     """
     from pianodiff.model import find_model
     from pianodiff.train import train as train_model
 
-    model = train_model(store, run, config, on_snapshot=snapshot,
-                        init=None if init is None else find_model(init))
+    model = train_model(store, run, config, on_snapshot=snapshot, cache=cache,
+                        cache_size=cache_size, init=None if init is None else find_model(init))
     training = json.loads((model / "config.json").read_text())["training"]
     print(f"{model}: trained on {counted(training['images'], 'block')} in "
           f"{lasting(training['seconds'])}")

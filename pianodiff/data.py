@@ -386,6 +386,10 @@ def _claim_store(store: str, cfg: SpectrogramConfig, source: str) -> zarr.Group:
     return group
 
 
+# What desktops, and runs that were killed, leave between the arrays
+_UNKNOWN = rf"Object at ({STRAY}|.*\.partial) is not"
+
+
 def _finished(group: zarr.Group) -> dict[str, dict[str, Any]]:
     """The attributes of each finished array, by its name.
 
@@ -393,7 +397,7 @@ def _finished(group: zarr.Group) -> dict[str, dict[str, Any]]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", f"Object at {STRAY} is not")
+            warnings.filterwarnings("ignore", _UNKNOWN)
             found = ((name, _facts_of(array)) for name, array in group.arrays())
             return {name: facts for name, facts in found if facts}
     except (ValueError, TypeError, KeyError) as error:
@@ -689,6 +693,7 @@ class BlockDataset(Dataset):
                  in_memory: bool = False, cache: Cache | None = None) -> None:
         self.info = open_store(store)
         self.random_offset = random_offset
+        self.cache = cache
         recordings = self.info.of(split)
         self._grid = _Grid([r["frames"] for r in recordings], self.info.cfg.n_frames)
         self._frames = _Frames(self.info, recordings, cache)

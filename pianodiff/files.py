@@ -165,13 +165,23 @@ def cached(
 
 # %% ../nbs/25_files.ipynb #cac00002
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, where its file system has locks."""
-    with open(folder / ".lock", "w") as file:
-        with contextlib.suppress(OSError):
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool | None]:
+    """Hold a lock, for which a file is made: True if it is ours, and False if another
+    process has it; None where there are no locks.
+
+    The kernel lifts it however the process ends. Raises OSError if the file can't be
+    made.
+    """
+    with open(path, "w") as file:
+        try:
             if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)  # closing the file lifts it
-        yield
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            ours = True if fcntl else None
+        except BlockingIOError:
+            ours = False
+        except OSError:
+            ours = None
+        yield ours
 
 
 def _make_room(drawer: Path, needed: int, most: int) -> bool:
@@ -224,7 +234,7 @@ class Cache:
         path = self._path(key)
         with contextlib.suppress(OSError):
             path.parent.mkdir(exist_ok=True)
-            with locked(path.parent):
+            with locked(path.parent / ".lock"):
                 if _make_room(path.parent, 4 + len(data), self.share):
                     write_whole(path, zlib.crc32(data).to_bytes(4) + data)
 

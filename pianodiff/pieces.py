@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .audio import SpectrogramConfig, normalize_peak, to_spectrogram
-from .files import cached, in_order
+from .files import cached, in_order, locked
 from .generate import Piano, Sampling
 from .model import find_model
 from .phases import to_wave
@@ -302,12 +302,6 @@ def _blocks_bar(total: int, model: str) -> Iterator[Callable[[int], Any]]:
             ended.set()
 
 # %% ../nbs/13_pieces.ipynb #scl00002
-try:
-    import fcntl
-except ImportError:  # on Windows; batches aren't claimed there
-    fcntl = None  # type: ignore[assignment]
-
-
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
     """Whether the file at `path` is this process' to make, or to read.
@@ -316,15 +310,9 @@ def _claimed(path: Path) -> Iterator[bool]:
     """
     mine, claim = True, path.with_suffix(".claim")
     with ExitStack() as stack:
-        if fcntl:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(claim, "w"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                mine = False
-            except OSError:  # no locks; or a folder that can only be read
-                pass
+        with suppress(OSError):  # a folder that can only be read
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mine = stack.enter_context(locked(claim, wait=False)) is not False
         yield mine
         # not where the file couldn't be made: another process may have this claim open
         if mine:

@@ -307,7 +307,8 @@ def hold_out(
     splits = {recording["split"] for recording in info.recordings}
     split = "validation" if "validation" in splits else "train"
     if split == "validation":
-        held = BlockDataset(info.url, "validation", random_offset=False)
+        held = BlockDataset(info.url, "validation", random_offset=False,
+                            cache=data.cache)
     else:
         first = count = count - max(1, min(config.eval_blocks, count // 10))
     if count < 1:

@@ -31,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .data import BlockDataset, Store
-from .files import ahead, seed_of, whole_file
+from .files import Cache, ahead, locked, seed_of, whole_file
 from .recipe import EVAL_SIGMAS, PowerEMA, TrainConfig, adamw, draw_batch
 from .terminal import counted, lasting, progress_bar
 from .unet import UNet
@@ -203,6 +203,10 @@ def _join(config: TrainConfig) -> Accelerator:
     """This process' device, and its place among those that were launched."""
     torch.backends.cudnn.deterministic = True  # the same kernels in every run
     accelerator = Accelerator(mixed_precision="no")  # autocast is ours, around the loss
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > accelerator.num_processes:
+        raise ValueError(f"{launched} processes were launched, but this one works "
+                         "alone, without a GPU; set ACCELERATE_USE_CPU=true for CPUs")
     parts = accelerator.num_processes * config.accumulate
     if config.batch_size % parts:
         raise ValueError(f"batch_size {config.batch_size} is no multiple of {parts}, "
@@ -215,7 +219,7 @@ class _Run:
     """A run in its folder: settings, processes, data, and the state of its training."""
 
     def __init__(self, store: str | os.PathLike, folder: Path, config: TrainConfig,
-                 init: str | os.PathLike | None) -> None:
+                 init: str | os.PathLike | None, cache: Cache | None = None) -> None:
         self.folder, self.config = folder, config
         self.init = None if init is None else str(init)
         self.checkpoint = folder / "checkpoint.safetensors"
@@ -224,7 +228,7 @@ class _Run:
         self.main = self.accelerator.is_main_process
         self.place = self.accelerator.process_index, self.accelerator.num_processes
         self.data = BlockDataset(store, "train", random_offset=True,
-                                 in_memory=config.in_memory)
+                                 in_memory=config.in_memory, cache=cache)
         check_shape(self.data.info, config)
         self.held = hold_out(self.data, config, *self.place)
         self.state = _begin(self)
@@ -528,8 +532,8 @@ def _choose_way(run: _Run) -> None:
 class _Stop:
     """Catches the first SIGINT or SIGTERM as a flag; a second one acts as ever."""
 
-    def __init__(self) -> None:
-        self.signal = 0
+    def __init__(self, tells: bool) -> None:
+        self.signal, self.tells = 0, tells
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "_Stop":
@@ -541,6 +545,10 @@ class _Stop:
     def _catch(self, number: int, frame: Any) -> None:
         self.signal = number
         self.__exit__()
+        if self.tells:
+            with suppress(OSError):  # print may be at work just now
+                os.write(2, b"\nstops after this step; once more, and it stops at once "
+                            b"and loses the steps since the last checkpoint\n")
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self._old.items():
@@ -559,7 +567,7 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
     config, state, due = run.config, run.state, partial(_due, run)
     facts, steps = state.facts, range(state.facts.step, config.steps)
     progress = _Progress(run.folder, config, run.images, facts.seconds, run.main)
-    with _Stop() as stop, closing(progress):
+    with _Stop(run.main) as stop, closing(progress):
         clock, saved = time.perf_counter(), time.monotonic()
         for batch in ahead(partial(_draw, run), steps, config.workers):
             lr = learning_rate(config, (facts.step + 0.5) * config.batch_size)
@@ -599,12 +607,6 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
 from .model import check_replaceable
 
 # %% ../nbs/10_train.ipynb #b8a31dd7
-try:
-    import fcntl
-except ImportError:  # on Windows; runs aren't locked there
-    fcntl = None  # type: ignore[assignment]
-
-
 def _check_run(run: Path, store: str | os.PathLike) -> None:
     """Raise ValueError where something stands in the way of what a run writes."""
     if run.resolve().is_relative_to(Path(store).resolve()):
@@ -622,17 +624,14 @@ def _check_run(run: Path, store: str | os.PathLike) -> None:
 
 @contextmanager
 def _alone(run: Path) -> Iterator[None]:
-    """Lock a run. The kernel lifts the lock however the process ends."""
-    with open(run / ".lock", "w") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process trains in {run}; "
-                             "wait for it or use another folder") from error
-        except OSError:
+    """Lock a run. Raises ValueError where another process trains in it."""
+    with locked(run / ".lock", wait=False) as ours:
+        if ours is None:
             _tell(f"{run} is in a file system without locks: let no other process "
                   "train in it")
+        elif not ours:
+            raise ValueError(f"another process trains in {run}; "
+                             "wait for it or use another folder")
         yield
 
 
@@ -681,6 +680,8 @@ def train(
     *,
     init: str | os.PathLike | None = None,
     on_snapshot: Callable[[Path, int], object] | None = None,
+    cache: str | os.PathLike | None = None,
+    cache_size: float = 10,
 ) -> Path:
     """Train a network on a store of spectrograms; go on from `run`'s last checkpoint.
 
@@ -688,6 +689,7 @@ def train(
     `pianodiff.model.save_model` writes them. `run` also holds `checkpoint.safetensors`,
     `log.csv`, TensorBoard events and a lock. `init` is a model's folder to start from;
     its network and spectrogram must be the run's, and its mean and std are kept.
+    `cache` is a folder that keeps up to `cache_size` GB of a store far away.
     `on_snapshot(model_folder, images)` is called each `config.snapshot_images` and at
     the end. Works in one process, and in each of many that `accelerate launch` starts.
 
@@ -703,7 +705,8 @@ def train(
     """
     folder = Path(run)
     _check_run(folder, store)
-    this = _Run(store, folder, config, init)
+    kept = None if cache is None else Cache(cache, cache_size)
+    this = _Run(store, folder, config, init, kept)
     if this.main:
         _tell_of_splits(this)
     try:

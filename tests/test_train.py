@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import BlockDataset, prepare
@@ -331,7 +332,7 @@ def test_a_file_system_without_locks_or_synced_folders(store, whole, tmp_path, m
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         sync(number)
 
-    monkeypatch.setattr("pianodiff.train.fcntl.flock", flock)
+    monkeypatch.setattr("pianodiff.files.fcntl.flock", flock)
     monkeypatch.setattr("os.fsync", fsync)
     train(store, tmp_path, CONFIG)
     assert_same_end(tmp_path, whole)
@@ -560,3 +561,26 @@ def test_a_batch_has_as_many_blocks_as_parts(store, tmp_path):
     with pytest.raises(ValueError, match=told):
         train(store, tmp_path / "run", replace(CONFIG, accumulate=3))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_store_through_a_cache(store, tmp_path):
+    """The same weights; and a second run asks the store for no chunk."""
+    train(store, tmp_path / "plain", CONFIG)
+    near = shutil.copytree(store, tmp_path / "near")
+    config = replace(CONFIG, in_memory=False)
+    train(near, tmp_path / "first", config, cache=tmp_path / "cache", cache_size=0.2)
+    for chunks in near.glob("*/c"):
+        shutil.rmtree(chunks)
+    train(near, tmp_path / "second", config, cache=tmp_path / "cache", cache_size=0.2)
+    for run in ("first", "second"):
+        weights = [load_file(tmp_path / name / "model/model.safetensors") for name in ("plain", run)]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    with pytest.raises(ValueError, match="a cache of 0.01 GB is no use"):
+        train(near, tmp_path / "third", config, cache=tmp_path / "cache", cache_size=0.01)
+    assert not (tmp_path / "third").exists()
+
+
+def test_processes_that_do_not_know_of_each_other(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="4 processes were launched, but this one works alone, .* ACCELERATE_USE_CPU"):
+        train(store, tmp_path / "run", CONFIG)

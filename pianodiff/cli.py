@@ -84,8 +84,9 @@ def _in_short(piano: "Piano", folder: Path) -> dict[str, Any]:
                            f"{' and '.join(devices)}")
     losses = last.get("validation", {}).get("loss", {})
     if shown := [f"{losses[s]:.3f} at {s}" for s in ("0.1", "1", "10") if s in losses]:
-        if (seen := last["validation"].get("images")) != last.get("images"):
-            shown.append(f"after {counted(seen or 0, 'block')}")
+        seen = last["validation"].get("images", last.get("images"))
+        if seen != last.get("images"):
+            shown.append(f"after {counted(seen, 'block')}")
         facts["loss by sigma"] = ", ".join(shown)
     if "licence" in config:
         facts["licence"] = config["licence"]
@@ -493,8 +494,9 @@ def train(store: _Store, run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /,
     from pianodiff.model import find_model
     from pianodiff.train import train as train_model
 
-    model = train_model(store, run, config, on_snapshot=snapshot, cache=cache,
-                        cache_size=cache_size, init=None if init is None else find_model(init))
+    model = train_model(store, run, config, on_snapshot=snapshot,
+                        init=None if init is None else find_model(init), cache=cache,
+                        cache_size=cache_size)
     training = json.loads((model / "config.json").read_text())["training"]
     print(f"{model}: trained on {counted(training['images'], 'block')} in "
           f"{lasting(training['seconds'])}")
@@ -578,8 +580,8 @@ def _print_results(results: dict[str, Any], out: Path) -> None:
             print(f"{title} distance ({name}): {', '.join(figures)}")
         floor = results["floors"][name]
         print(f"by the Fréchet distance, {results['generated']['name']} is farther off "
-              f"than other real music in {farther(floor)} of {len(floor['real'])} random "
-              "divisions")
+              f"than other real music in {farther(floor)} of {len(floor['real'])} "
+              "random divisions")
     making, evaluating = (results["seconds"][part] for part in ("making", "evaluating"))
     print(f"{out} and {out.with_suffix('.json')}: {results['generated']['blocks']} "
           f"generated blocks beside {results['reference']['blocks']} real ones, in "

@@ -118,7 +118,7 @@ def _check_listing(id: str, split: str, title: str, frames: int) -> None:
     """Raise ValueError for what is no recording of a store's list."""
     words = isinstance(id, str) and isinstance(title, str) and split in SPLITS
     if not words or not isinstance(frames, int) or frames < 0:
-        raise ValueError(f"the recording {id}, of {frames} frames, in the split {split}")
+        raise ValueError(f"the recording {id}, {frames} frames, split {split}")
 
 
 def _open_group(store: str | os.PathLike, mode: Literal["r", "r+"]) -> zarr.Group:
@@ -200,7 +200,7 @@ def _prepare_one(recording: Recording, source: str, store: str, cfg: Spectrogram
         array.update_attributes(about)
     return about
 
-
+# %% ../nbs/05_data.ipynb #dat00033
 def _facts_of(array: Any) -> dict[str, Any]:
     """What a finished array says of itself; nothing, if it is not finished."""
     facts = dict(array.attrs.asdict()) if isinstance(array, zarr.Array) else {}
@@ -275,7 +275,7 @@ def _run_in_processes(work: _Work, todo: Sequence[Recording], jobs: int) -> _Res
         finally:
             pool.shutdown(cancel_futures=True)
 
-
+# %% ../nbs/05_data.ipynb #dat00034
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Keep Ctrl-C from processes that start here: it is this one's to handle, later."""
@@ -439,14 +439,6 @@ def _choose(
     return recordings, chosen
 
 
-def _size(fs: fsspec.AbstractFileSystem, root: str) -> int:
-    """The bytes of a store, among whose files other runs may be writing."""
-    while fs.exists(root):
-        with suppress(FileNotFoundError):
-            return fs.du(root)
-    return 0
-
-
 def _check_listed(finished: Iterable[str], recordings: Sequence[Recording], store: str,
                   source: str) -> None:
     """Raise ValueError where the store holds what the source doesn't list."""
@@ -470,7 +462,7 @@ def _as_kept(recordings: Sequence[Recording], finished: Iterable[str],
             older[r] = twice if twice.id in kept else r
     return list(older.values())
 
-
+# %% ../nbs/05_data.ipynb #dat00036
 def _summarise(group: zarr.Group, store: str, finished: dict[str, dict[str, Any]],
                recordings: Sequence[Recording]) -> None:
     """Write the summary: again, where another run has finished more meanwhile."""
@@ -489,6 +481,14 @@ def _refreshed(finished: dict[str, dict[str, Any]],
         if r.id in finished:
             finished[r.id] |= {"split": r.split, "title": r.title}
     return finished.values()
+
+
+def _size(fs: fsspec.AbstractFileSystem, root: str) -> int:
+    """The bytes of a store, among whose files other runs may be writing."""
+    while fs.exists(root):
+        with suppress(FileNotFoundError):
+            return fs.du(root)
+    return 0
 
 # %% ../nbs/05_data.ipynb #4e78dae6
 def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: SpectrogramConfig,
@@ -526,26 +526,25 @@ def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: Spectrogra
     todo = [r for r in chosen if r.id not in finished]
     todo.sort(key=lambda r: -r.duration)  # so that cores end together
     if not ours:
-        random.Random().shuffle(todo)  # another run may be at work, and has begun with these
+        random.Random().shuffle(todo)  # another run may have begun with these
     work = partial(_prepare_one, source=source, store=store, cfg=cfg,
                    soundfont=str(soundfont) if soundfont else None)
     try:
         results = _run(work, todo, jobs or os.cpu_count() or 1, cluster)
         new, skipped = _collect(results, todo)
-        finished |= new
     except KeyboardInterrupt:
         print("what is finished is kept: run the same again, and it goes on",
               file=sys.stderr)
         raise
-    if not finished:
+    if not (finished := finished | new):
         for path in ours[-1:]:
             fs.rm(path, recursive=True)
         path, why = next(iter(skipped.items()))
         raise ValueError(f"none of the {len(chosen)} recordings in {source} can be "
                          f"used; {path}: {why}")
     _summarise(group, store, finished, recordings)
-    return {"hours": open_store(store).hours, "recordings": len(finished), "new": len(new),
-            "bytes": _size(fs, root), "skipped": skipped}
+    return {"hours": open_store(store).hours, "recordings": len(finished),
+            "new": len(new), "bytes": _size(fs, root), "skipped": skipped}
 
 # %% ../nbs/05_data.ipynb #dat00014
 class _Grid:
@@ -572,9 +571,7 @@ class _Frames:
 
     def __init__(self, info: Store, recordings: Sequence[dict[str, Any]],
                  cache: Cache | None = None) -> None:
-        self.info = info
-        self.recordings = recordings
-        self.cache = cache
+        self.info, self.recordings, self.cache = info, recordings, cache
         self._intact: set[int] = set()
         self._disconnect()
 
@@ -614,11 +611,7 @@ class _Frames:
             self._disconnect()
         if which not in self._arrays:
             if self._group is None:
-                group = _open_group(self.info.url, "r")
-                if self.cache:
-                    near = _NearStore(group.store, self.info.url, self.cache)
-                    group = zarr.open_group(near, mode="r")
-                self._group = group
+                self._group = _open_near(self.info.url, self.cache)
             self._arrays[which] = _open_array(self._group, self.recordings[which],
                                               self.info)
         return self._arrays[which]
@@ -676,6 +669,13 @@ class _NearStore(WrapperStore[ZarrStore]):
         return found
 
 
+def _open_near(url: str, cache: Cache | None) -> zarr.Group:
+    """A store to read, through the cache if there is one."""
+    group = _open_group(url, "r")
+    if cache is None:
+        return group
+    return zarr.open_group(_NearStore(group.store, url, cache), mode="r")
+
 # %% ../nbs/05_data.ipynb #f60a159c
 class BlockDataset(Dataset):
     """Blocks of a store's split, each with the block before it (section III-D, 8).
@@ -685,8 +685,9 @@ class BlockDataset(Dataset):
     `prev` is zero. With `random_offset` a block starts up to one block later than on
     the grid, drawn anew each time from torch's generator; `in_memory` keeps the whole
     split in memory (0.06 GB an hour at 256 rows), and `cache` what was read. Raises
-    what `open_store` raises, and ValueError for a split without recordings; where the store is damaged, ValueError at
-    once if `in_memory`, else with the first block that is touched.
+    what `open_store` raises, and ValueError for a split without recordings; where the
+    store is damaged, ValueError at once if `in_memory`, else with the first block that
+    is touched.
     """
 
     def __init__(self, store: str | os.PathLike, split: str, *, random_offset: bool,

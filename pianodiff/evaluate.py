@@ -156,8 +156,9 @@ def _facts(comparison: Comparison, generated: str | os.PathLike, model: bool,
         "training": None if training is None else discreet(str(training)),
         "generated": {"source": discreet(str(generated)), "name": Path(generated).name,
                       "model": model, **_described(made), "unused": made.unused},
-        "reference": {"source": discreet(str(reference)), **_described(comparison.reference),
-                      "splits": list(splits), "unused": real.unused},
+        "reference": {"source": discreet(str(reference)),
+                      **_described(comparison.reference), "splits": list(splits),
+                      "unused": real.unused},
         "others": _described(comparison.others)})
 
 # %% ../nbs/18_evaluate.ipynb #51e8146a
@@ -170,25 +171,29 @@ def _is_sound(generated: str | os.PathLike) -> bool:
     return "://" in str(generated) or (path.exists() and not model_in(path))
 
 
-def _model(generated: str | os.PathLike) -> Piano | None:
-    """The model; None for sound. Raises as `Piano` does."""
-    if _is_sound(generated):
-        return None
-    try:
-        return Piano.from_pretrained(generated, "cpu")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{generated} is no folder of sound files, and {error}"
-                                ) from error
+def _settings_of(
+    generated: str | os.PathLike, training: str | os.PathLike | None
+) -> tuple[Piano | None, SpectrogramConfig]:
+    """The model and its spectrogram; of sound, none and the usual one.
 
-
-def _check_training(training: str | os.PathLike, generated: str | os.PathLike,
-                    cfg: SpectrogramConfig) -> None:
-    """Raise an error for a store that can't be used, or of other spectrograms."""
-    store = open_store(training)
-    store.of("train")
-    if store.cfg != cfg:
-        raise ValueError(f"{training} holds other spectrograms than {generated}'s; "
-                         "give its own training store")
+    The spectrogram has to be that of the training store. Raises FileNotFoundError or
+    ValueError if one of the two can't be used.
+    """
+    model, cfg = None, SpectrogramConfig()
+    if not _is_sound(generated):
+        try:
+            model = Piano.from_pretrained(generated, "cpu")
+            cfg = model.cfg
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{generated} is no folder of sound files, "
+                                    f"and {error}") from error
+    if training is not None:
+        store = open_store(training)
+        store.of("train")
+        if store.cfg != cfg:
+            raise ValueError(f"{training} holds other spectrograms than {generated}'s; "
+                             "give its own training store")
+    return model, cfg
 
 
 def _flags(pieces: int, seconds: float, sampling: Sampling) -> dict[str, Any]:
@@ -284,10 +289,7 @@ def evaluate(
     _check(blocks, transpose, seed, embeddings)
     begin = time.perf_counter()
     home = Path(cache or Path(out).with_suffix(".cache"))
-    model = _model(generated)
-    cfg = model.cfg if model else SpectrogramConfig()
-    if training is not None:
-        _check_training(training, generated, cfg)
+    model, cfg = _settings_of(generated, training)
     sampling = Sampling(sampler, steps, guidance, guidance_interval)
     loaded = [load_embedding(name) for name in embeddings]
     _check_reference(model, reference, splits)
@@ -299,8 +301,7 @@ def evaluate(
     real = read_pieces(reference, cfg, normalize=True, seed=seed, splits=splits,
                        blocks=blocks, most=most, soundfont=soundfont)
     comparison = Comparison.of(made, real, seed)
-    facts = _facts(comparison, generated, model is not None, reference, splits,
-                   training)
+    facts = _facts(comparison, generated, bool(model), reference, splits, training)
     sections = [facts, *_sections(comparison, loaded, training, transpose, home)]
 
     how = _flags(pieces, seconds, sampling) if model else {}

@@ -329,7 +329,8 @@ def _ends_in_a_frame(data: bytes) -> bool:
     channels, bits = (bits >> 9 & 7) + 1, (bits >> 4 & 31) + 1
     longest, at = samples * channels * (bits + 1) // 8 + 64, len(data)
     while (at := data.rfind(b"\xff", max(0, len(data) - longest), at)) >= 0:
-        if data[at + 1 : at + 2] in (b"\xf8", b"\xf9") and not _remainder(data[at:], _CRC16):
+        begins = data[at + 1 : at + 2] in (b"\xf8", b"\xf9")
+        if begins and not _remainder(data[at:], _CRC16):
             return True
     return False
 

@@ -111,9 +111,9 @@ class Pieces(Sequence[Piece]):
         if others.blocks < blocks or reference.blocks < 2:
             raise ValueError("the reference has too few blocks: "
                              f"{self.blocks} in {counted(len(self.titles), 'title')}, "
-                             f"of which {blocks}, as many as there are generated ones, have to "
-                             "be set aside by title; give more recordings, or fewer "
-                             "pieces")
+                             f"of which {blocks}, as many as there are generated ones, "
+                             "have to be set aside by title; give more recordings, or "
+                             "fewer pieces")
         return reference, others
 
 # %% ../nbs/13_pieces.ipynb #a7e7487b

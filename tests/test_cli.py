@@ -746,11 +746,12 @@ def test_train(model, monkeypatch, capsys, tmp_path):
         return tmp_path
 
     monkeypatch.setattr("pianodiff.train.train", train)
-    flags = f"--preset base --images 5000 --batch-size 4 --lr 0.01 --P-mean -1.2 --compile --init {model}"
+    flags = (f"--preset base --images 5000 --batch-size 4 --lr 0.01 --P-mean -1.2 --compile --init {model} "
+             "--cache kept --cache-size 2")
     assert main(["train", "store", "run", *flags.split()]) == 0
     expected = TrainConfig(preset="base", images=5000, batch_size=4, lr=0.01, P_mean=-1.2, compile=True)
     assert asked == {"store": "store", "run": Path("run"), "config": expected, "init": Path(model),
-                     "on_snapshot": pianodiff.cli.snapshot}
+                     "on_snapshot": pianodiff.cli.snapshot, "cache": Path("kept"), "cache_size": 2}
     # what it has seen, not what was asked for
     assert "trained on 5,008 blocks in 1.5 minutes\n" in capsys.readouterr().out
     assert ": --lr must be positive" in refused(capsys, main("train store run --lr -1".split()))

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "train": {"data", "edm", "files", "model", "recipe", "terminal", "unet"},
     "sampler": {"edm"},
     "generate": {"audio", "edm", "files", "model", "phases", "sampler", "unet"},
-    "pieces": {"audio", "files", "generate", "model", "phases", "recordings"},
+    "pieces": {"audio", "files", "generate", "model", "phases", "recordings", "terminal"},
     "distance": {"audio", "files", "pieces"},
     "music": {"audio", "files", "pieces"},
     "joins": {"audio", "files", "music", "phases", "pieces"},

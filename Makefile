@@ -37,8 +37,9 @@ book: $(VENV)/.installed-dev
 	@touch book/_build/html/index.html
 	@echo "The book: book/_build/html/index.html"
 
-# Appends to bench/results.jsonl; the last script writes the tables of book/bench.md from it. Each also runs alone.
-BENCH := samplers sound network generation training table
+# Appends to bench/results.jsonl and bench/growth.jsonl; the last two write the tables of book/at_scale.md and
+# book/bench.md from them. Each also runs alone; bench/gpu.py is for a machine with a GPU.
+BENCH := samplers sound network generation training growth scale table
 
 bench: $(VENV)/.installed-dev
 	@for name in $(BENCH); do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py || exit 1; done

@@ -2,11 +2,13 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import Record, append, compare, devices, seconds
+from common import Record, append, compare, devices, peer, seconds
 
 from pianodiff.audio import SPECTROGRAMS, save_audio
 from pianodiff.data import prepare
@@ -66,8 +68,32 @@ def preparation(*, minutes: float = 4.0, count: int = 8, jobs: int | None = None
                        runs=runs)
 
 
+def engines(*, minutes: float = 10.0, count: int = 8, runs: int = 5) -> Record:
+    """Hours of sound a minute by one process, by two, and by a Dask cluster of two workers on this machine, if there is
+    Dask. The start of the two processes counts, and that of the cluster does not: a cluster is there before.
+    """
+    distributed = peer("distributed", "distributed")
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        ways: dict[str, dict[str, Any]] = {"one process": {"jobs": 1}, "two processes": {"jobs": 2}}
+        if distributed:
+            cluster = stack.enter_context(distributed.LocalCluster(
+                n_workers=2, threads_per_worker=1, dashboard_address=None))
+            ways["Dask, two workers"] = {"cluster": cluster.scheduler_address}
+        for seed in range(count):
+            save_audio(Path(name, f"take {seed}.wav"), example_performance(60 * minutes, seed))
+
+        def hours_a_minute(how: dict[str, Any]) -> float:
+            with tempfile.TemporaryDirectory() as store:
+                work = partial(prepare, name, Path(store, "store"), SPECTROGRAMS["nano"], **how)
+                return count * minutes / seconds(work)
+
+        return compare("preparation by engine", "hours/min", {way: partial(hours_a_minute, how)
+                                                              for way, how in ways.items()}, runs=runs)
+
+
 def records() -> Iterator[Record]:
     yield preparation()
+    yield engines()
     for device in devices():
         yield training("nano", PRESETS["nano"], device, batch_size=16 if device == "cpu" else 64)
 

@@ -5,6 +5,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import torch
 from pianodiff.unet import UNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("common", "samplers", "sound", "network", "generation", "training", "table", "card")
+SCRIPTS = ("common", "samplers", "sound", "network", "generation", "training", "growth", "table", "scale", "gpu",
+           "card")
 TINY = UNetConfig(n_bins=16, n_frames=8, channels=(8, 16), blocks=(1, 1), attention=("", "ft"), emb_channels=16,
                   cond_channels=(8, 8))
 
@@ -169,6 +172,113 @@ def test_training(bench):
     assert checked(training.preparation(minutes=0.05, count=1, jobs=1, runs=5), 1)["unit"] == "hours/min"
 
 
+def in_place(measure, work):
+    return measure(work)
+
+
+@pytest.mark.long    # some seconds
+def test_growth_of_each_part(bench, tmp_path):
+    """Tiny, with a tiny network in place of the presets."""
+    growth = bench["growth"]
+    parts = {"preparation": (partial(growth.preparation, home=tmp_path, minutes=0.05), 4, (1, 2)),
+             "one": (partial(growth.long_recording, home=tmp_path / "long", minutes=0.05), 2, (1, 2)),
+             "short": (growth.recordings, 7, (1, 2)),
+             "loading": (partial(growth.loading, home=tmp_path, minutes=0.05, count=2), 1, (1, 2)),
+             "step": (partial(growth.training, config=TINY), 2, (1, 2)),
+             "music": (partial(growth.generation, batch=False, num_steps=1), 2, (1, 2)),
+             "pieces": (partial(growth.generation, batch=True, num_steps=1), 2, (1, 2)),
+             "reading": (partial(growth.reading, home=tmp_path, minutes=0.05), 2, (1, 2)),
+             "distances": (growth.distances, 4, (16, 32)),
+             "search": (partial(growth.search, home=tmp_path, minutes=0.05, queries=2), 4, (1, 2))}
+    assert {name.split()[0] for name in growth.parts(tmp_path)} >= {"preparation", "short", "loading", "evaluation:"}
+    for part, (measure, measures, works) in parts.items():
+        record = json.loads(json.dumps(growth.growth(part, "works", measure, works, each=0.5, run=in_place)))
+        assert record["work"] == [0.5 * work for work in works] and len(record["measures"]) == measures
+        assert all(figure > 0 for measure in record["measures"].values() for figure in measure["figures"])
+
+
+def test_slopes(bench):
+    """Of costs that are known."""
+    growth = bench["growth"]
+    files = growth.growth("files", "works", lambda work: {"square": 3 * work**2}, (1, 2, 4, 8), run=in_place)
+    assert files["measures"] == {"square": {"figures": [3, 12, 48, 192], "slope": 2}}
+    assert [growth.remark(slope) for slope in (0.05, 0.5, 1.05, 2)] == [
+        "hardly", "more slowly than the work", "", "faster than the work"]
+    with pytest.raises(ValueError, match="x: a slope needs two amounts of work, not \\[1\\]"):
+        growth.growth("x", "works", lambda work: {"a": 1.0}, (1,), run=in_place)
+
+
+@pytest.mark.long    # it starts a process, which imports all
+def test_each_measurement_has_a_process_of_its_own(bench):
+    """What the caller holds does not count in its peak."""
+    held = torch.ones(200_000_000)
+    found = bench["growth"].apart(partial(bench["growth"].training, config=TINY), 1)
+    assert found["peak of memory, MB"] < held.nbytes / 1e6 < bench["growth"].peak()
+
+
+def test_what_large_data_sets_cost(bench):
+    """Computed from what was measured: twice the measured cost is twice theirs."""
+    scale = bench["scale"]
+    lines = (ROOT / "bench" / "growth.jsonl").read_text().splitlines()
+    parts = scale.growths(lines)
+    assert scale.growths([*lines, *lines]) == parts
+    before = scale.rows(parts, [], 1000, 10_000)
+    assert before["blocks in one pass"] == "1,757,812" and before["files or objects in it"] == "230,000"
+    assert before["memory for the split (`in_memory`)"] == "57.6 GB"
+    parts["preparation"]["measures"]["seconds of a core"]["figures"][-1] *= 2
+    after = scale.rows(parts, [], 1000, 10_000)
+    assert {name for name in before if before[name] != after[name]} == {
+        "preparation, on one core", "preparation, on 16 cores for 24 hours a day"}
+    assert [scale.size(value) for value in (0, 999, 12_345, 5.6e15)] == ["0 bytes", "999 bytes", "12.3 kB", "5.6 PB"]
+    assert [scale.lasting(value) for value in (1.5, 90, 150, 9000, 3e5, 1e9)] == [
+        "1.5 seconds", "90 seconds", "2.5 minutes", "2.5 hours", "3.47 days", "31.7 years"]
+
+
+def test_the_page_on_scale_is_made_of_the_results(bench):
+    page, growth, results = bench["scale"].PAGE.read_text(), *(
+        (ROOT / "bench" / f"{name}.jsonl").read_text().splitlines() for name in ("growth", "results"))
+    assert bench["scale"].page(page, growth, results) == page, "run python bench/scale.py"
+
+
+@pytest.mark.long    # some seconds
+def test_gpu_on_a_cpu(bench, monkeypatch, capsys):
+    gpu = bench["gpu"]
+    monkeypatch.setattr(gpu, "append", lambda *given: pytest.fail("a small run was kept"))
+    gpu.main(small_=True)
+    told = capsys.readouterr().out
+    assert re.findall(r"\n(\S+) [^\n]*(?=\(.*median|left out)", told) == [
+        "loading", "training", "training", "generation"]
+
+
+def test_gpu_leaves_out_what_time_or_memory_do_not_hold(bench, capsys):
+    gpu = bench["gpu"]
+    assert gpu.operations(TINY) == pytest.approx(6 * bench["network"].count(TINY)[1], rel=0.1)
+    assert sum(gpu.BUDGETS.values()) <= 330 and gpu.BATCHES.keys() == bench["network"].PRESETS.keys()
+
+    def full():
+        raise torch.OutOfMemoryError
+
+    makes = {"a": lambda: {"comparison": "a"}, "b": full, "c": lambda: {"comparison": "c"}}
+    assert [*gpu.while_time_lasts(9, makes)] == [{"comparison": "a"}, {"comparison": "c"}]
+    assert [*gpu.while_time_lasts(0, makes)] == []
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.split("\n\n")] == ["\nb", "a", "b", "c"]
+
+
+@pytest.mark.long    # it starts processes, which import all
+def test_what_takes_too_long_is_ended(bench):
+    gpu = bench["gpu"]
+    assert gpu.within(300, partial(dict, comparison="a")) == {"comparison": "a"}
+    assert gpu.within(300, partial(int, "no number")) is None    # it failed
+    assert gpu.within(0.01, partial(time.sleep, 3600)) is None
+
+
+@pytest.mark.long    # it starts processes, which import all
+def test_engines(bench):
+    pytest.importorskip("distributed", reason="Dask is missing: pip install -e '.[dask]'")
+    record = checked(bench["training"].engines(minutes=0.05, count=2, runs=5), 3)
+    assert [*record["results"]] == ["one process", "two processes", "Dask, two workers"]
+
+
 @pytest.mark.parametrize("value, text", [(0.0123456, "0.0123"), (2.5, "2.5"), (99.96, "100"), (1234.5, "1,234")])
 def test_figures_in_the_table(bench, value, text):
     assert bench["table"].figure(value) == text
@@ -232,6 +342,6 @@ def test_make_bench_runs_every_script():
     """But for those that measure nothing, and the study of quality by steps."""
     done = subprocess.run(["make", "--dry-run", "--always-make", "bench"], cwd=ROOT, capture_output=True, text=True)
     named = re.search(r"for name in (.*?); do", done.stdout).group(1).split()
-    others = {"common", "quality", "notes", "figures", "card"}
+    others = {"common", "quality", "notes", "figures", "card", "gpu"}    # the last is for a GPU
     assert {*named} == {path.stem for path in (ROOT / "bench").glob("*.py")} - others
     assert named[-1] == "table"

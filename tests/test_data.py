@@ -820,9 +820,10 @@ def test_dask(music, store, tmp_path, monkeypatch):
     save_audio(tmp_path / "music/2004/e.wav", torch.zeros(8000))
     write_index(tmp_path / "music", SPLIT | {"e": "test"})
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")    # where the worker is at home
+    monkeypatch.chdir(tmp_path / "elsewhere")    # where the workers are at home
     settings = {"distributed.scheduler.allowed-failures": 0, "distributed.comm.timeouts.connect": "3600s"}
-    with dask.config.set(settings), distributed.LocalCluster(n_workers=1, dashboard_address=None) as cluster:
+    with dask.config.set(settings), distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         monkeypatch.chdir(tmp_path)
         address = cluster.scheduler_address
         report = prepare("music", "store", CFG, cluster=address)

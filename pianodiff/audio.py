@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['AUDIO_FORMATS', 'MP3_RATES', 'SPECTROGRAMS', 'load_audio', 'rate_of', 'Wave', 'sound_file', 'SoundFacts',
-           'sound_facts', 'save_audio', 'to_flac', 'to_mp3', 'normalize_peak', 'SpectrogramConfig', 'to_spectrogram',
-           'to_magnitude']
+           'sound_facts', 'save_audio', 'to_flac', 'to_mp3', 'peak_of', 'normalize_peak', 'SpectrogramConfig',
+           'to_spectrogram', 'to_magnitude']
 
 # %% ../nbs/02_audio.ipynb #07ac2551
 import base64
@@ -11,12 +11,14 @@ import contextlib
 import importlib
 import io
 import itertools
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import soundfile
 import soxr
 import torch
@@ -26,7 +28,8 @@ from .files import whole_file, whole_sounds
 
 # %% ../nbs/02_audio.ipynb #2647902e
 def _check_finite(wave: Tensor, name: str = "the wave") -> None:
-    if not torch.isfinite(wave).all():
+    # not `isfinite`, which takes as much memory as a long wave
+    if wave.numel() and not torch.stack(wave.aminmax()).isfinite().all():
         raise ValueError(f"{name} holds NaN or infinite values; repair it first")
 
 
@@ -57,30 +60,51 @@ def _opened(file: Any, name: str) -> Iterator[soundfile.SoundFile]:
             f"{name} can't be read as sound ({reason}); {formats}"
         ) from error
 
-
-def _decoded(data: bytes, name: str) -> tuple[int, Tensor]:
-    """The rate of a complete sound file in Hz, and its channels' mean `[T]`."""
-    pieces = [torch.zeros(0)]
-    with _opened(io.BytesIO(data), name) as file:
+# %% ../nbs/02_audio.ipynb #aud00031
+def _decoded(sound: BinaryIO, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """The rate of a complete sound file in Hz, with each piece `[t]` of its channels'
+    mean, the last of which is empty.
+    """
+    there = 0
+    with _opened(sound, name) as file:
         rate, told = file.samplerate, file.frames
         if file.format == "MP3":
             told = 0  # it may be a guess; `whole_sounds` has counted the frames
-        while True:
+        piece = np.zeros((1, 0))
+        while len(piece):
             piece = file.read(2**20 // file.channels, "float32", always_2d=True)
-            if not len(piece):
-                break
-            pieces.append(torch.from_numpy(piece).mean(1))
-    wave = torch.cat(pieces)
-    if len(wave) < told < 2**62:  # beyond that, the file doesn't tell
+            there += len(piece)
+            yield rate, torch.from_numpy(piece).mean(1).numpy()
+    if there < told < 2**62:  # beyond that, the file doesn't tell
         raise ValueError(
-            f"{name} is truncated: {len(wave):,} of {told:,} samples; "
+            f"{name} is truncated: {there:,} of {told:,} samples; "
             "copy or record it again"
         )
-    return rate, wave
+
+
+@contextlib.contextmanager
+def _sounds(path: Any, name: str) -> Iterator[Iterator[BinaryIO]]:
+    """The complete sound files that follow one another in a file.
+
+    A file on the disk is not read into memory, unless it is divided.
+    """
+    with contextlib.ExitStack() as stack:
+        file: Any = path
+        data: Any = b""
+        if isinstance(path, str | os.PathLike):
+            file = stack.enter_context(open(path, "rb"))
+        if isinstance(file, io.BytesIO):
+            data = file.getvalue()
+        elif os.fstat(file.fileno()).st_size:
+            there = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = stack.enter_context(there)
+        file.seek(0)
+        yield (file if sound is data else io.BytesIO(sound)
+               for sound in whole_sounds(data, name))
 
 # %% ../nbs/02_audio.ipynb #d13b7a60
 def load_audio(
-    path: str | os.PathLike[str] | io.BytesIO, sample_rate: int = 8000
+    path: str | os.PathLike[str] | BinaryIO, sample_rate: int = 8000
 ) -> Tensor:
     """Read any sound that soundfile reads as mono float32 `[T]` at `sample_rate` Hz
     (section III-B).
@@ -95,27 +119,28 @@ def load_audio(
         raise ValueError(
             f"sample_rate must be a whole number of at least 1, not {sample_rate}"
         )
-    name = "the sound" if isinstance(path, io.BytesIO) else str(path)
-    if isinstance(path, io.BytesIO):
-        data = path.getvalue()
-    else:
+    name = "the sound"
+    if isinstance(path, str | os.PathLike):
         _check_there(path)
-        data = Path(path).read_bytes()
-    waves = []
-    sounds = (_decoded(sound, name) for sound in whole_sounds(data, name))
-    for rate, same in itertools.groupby(sounds, lambda sound: sound[0]):
-        if 100 * rate < sample_rate:
-            raise ValueError(
-                f"{name} has {rate:,} samples a second, too few for {sample_rate:,}; "
-                "give a better recording"
-            )
-        mono = torch.cat([wave for _, wave in same]).numpy()
-        waves.append(torch.from_numpy(soxr.resample(mono, rate, sample_rate)))
-    wave = torch.cat(waves)
-    if not len(wave):
+        name = str(path)
+    made = bytearray()  # it grows in its place
+    with _sounds(path, name) as sounds:
+        pieces = itertools.chain.from_iterable(_decoded(s, name) for s in sounds)
+        for rate, same in itertools.groupby(pieces, lambda piece: piece[0]):
+            if 100 * rate < sample_rate:
+                raise ValueError(
+                    f"{name} has {rate:,} samples a second, too few for "
+                    f"{sample_rate:,}; give a better recording"
+                )
+            stream = soxr.ResampleStream(rate, sample_rate, 1)
+            for _, piece in same:
+                made += stream.resample_chunk(piece).data
+            made += stream.resample_chunk(np.zeros(0, np.float32), last=True).data
+    if not made:
         raise ValueError(
             f"{name} holds no sound (it is empty or cut off); give a longer one"
         )
+    wave = torch.frombuffer(made, dtype=torch.float32)
     _check_finite(wave, name)
     return wave
 
@@ -326,16 +351,25 @@ def _encoded(wave: Tensor, sample_rate: int, **how: Any) -> bytes:
     return data.getvalue()
 
 # %% ../nbs/02_audio.ipynb #94f0b650
+def peak_of(wave: Tensor) -> float:
+    """The peak of `wave` `[T]`.
+
+    Raises ValueError for a wave that is empty, silent or not finite.
+    """
+    _check_finite(wave)
+    peak = float(torch.stack(wave.aminmax()).abs().max()) if wave.numel() else 0.0
+    if peak < 1e-4:  # -80 dB: below the floor of the spectrogram
+        raise ValueError("the sound is silent; give one that can be heard")
+    return peak
+
+
 def normalize_peak(wave: Tensor) -> tuple[Tensor, float]:
     """Scale `wave` `[T]` to a peak of 1, as every recording is before training; also
     give the old peak.
 
     Raises ValueError for a wave that is empty, silent or not finite.
     """
-    _check_finite(wave)
-    peak = float(wave.abs().max()) if wave.numel() else 0.0
-    if peak < 1e-4:  # -80 dB: below the floor of the spectrogram
-        raise ValueError("the sound is silent; give one that can be heard")
+    peak = peak_of(wave)
     return wave / peak, peak
 
 # %% ../nbs/02_audio.ipynb #a4e37711

@@ -29,7 +29,7 @@ import zarr
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .audio import SpectrogramConfig, normalize_peak, to_spectrogram
+from .audio import SpectrogramConfig, peak_of, to_spectrogram
 from .files import Cache, ahead, single_threaded
 
 # this and what follows, where it was before 0.2
@@ -48,10 +48,24 @@ from .synth import example_performance as example_performance
 from .terminal import counted, discreet, progress_bar
 
 # %% ../nbs/05_data.ipynb #dat00003
+_PIECE = 8192  # frames, about two minutes
+
+
 def _codes(wave: Tensor, cfg: SpectrogramConfig) -> np.ndarray:
-    """The spectrogram of `wave` `[T]` in 256 steps, uint8 `[frames, n_bins]`."""
+    """The spectrogram of `wave` `[T]` in 256 steps, uint8 `[frames, n_bins]`.
+
+    It is made in pieces of some frames, which overlap by as much as a window is long.
+    """
+    hop, frames = cfg.hop_length, len(wave) // cfg.hop_length
+    codes = np.empty((frames, cfg.n_bins), np.uint8)
+    around = -(-cfg.n_fft // (2 * hop))  # frames that a piece's edge would change
     with single_threaded():  # the other cores have recordings of their own
-        return (to_spectrogram(wave, cfg) * 255).round().byte().T.contiguous().numpy()
+        for first in range(0, frames, _PIECE):
+            begin, end = max(0, first - around), min(frames, first + _PIECE)
+            piece = wave[begin * hop : (end + around) * hop]
+            spec = to_spectrogram(piece, cfg)[:, first - begin : end - begin]
+            codes[first:end] = (spec * 255).round().byte().T.numpy()
+    return codes
 
 
 def _histogram(codes: np.ndarray) -> list[int]:
@@ -187,7 +201,7 @@ def _prepare_one(recording: Recording, source: str, store: str, cfg: Spectrogram
             seconds = len(wave) / cfg.sample_rate
             raise ValueError(f"it lasts {seconds:.2f} s, less than a block "
                              f"({cfg.block_seconds:.2f} s)")
-        codes = _codes(normalize_peak(wave)[0], cfg)
+        codes = _codes(wave.div_(peak_of(wave)), cfg)
     except (ValueError, FileNotFoundError) as error:
         return {"error": str(error)}
     about: dict[str, Any] = {"id": recording.id, "split": recording.split,

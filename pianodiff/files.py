@@ -323,12 +323,14 @@ for _ in range(8):
     _CRC16 = [x << 1 ^ (0x18005 if x & 0x8000 else 0) for x in _CRC16]
 
 
-def _ends_in_a_frame(data: bytes) -> bool:
-    """Whether a FLAC file of unknown length ends where a frame does."""
-    samples, bits = int.from_bytes(data[10:12]), int.from_bytes(data[20:22])
+def _ends_in_a_frame(data: bytes, start: int) -> bool:
+    """Whether a FLAC file of unknown length, begun at `start`, ends where a frame does.
+    """
+    samples = int.from_bytes(data[start + 10 : start + 12])
+    bits = int.from_bytes(data[start + 20 : start + 22])
     channels, bits = (bits >> 9 & 7) + 1, (bits >> 4 & 31) + 1
     longest, at = samples * channels * (bits + 1) // 8 + 64, len(data)
-    while (at := data.rfind(b"\xff", max(0, len(data) - longest), at)) >= 0:
+    while (at := data.rfind(b"\xff", max(start, len(data) - longest), at)) >= 0:
         begins = data[at + 1 : at + 2] in (b"\xf8", b"\xf9")
         if begins and not _remainder(data[at:], _CRC16):
             return True
@@ -422,7 +424,7 @@ def _mp3_streams(data: bytes, name: str) -> list[bytes]:
     A decoder knows the length of each, or guesses too long a one. Raises ValueError,
     which calls it `name`, where frames are missing.
     """
-    streams: list[tuple[bytes, int, list[bytes]]] = []
+    streams: list[tuple[bytes, int, list[tuple[int, int]]]] = []
     last = end = 0
     for kind, at, end in _mpeg_frames(data):
         frame = data[at:end]
@@ -430,7 +432,7 @@ def _mp3_streams(data: bytes, name: str) -> list[bytes]:
         if told is not None or kind != last:
             streams.append((frame if told else b"", told or 0, []))
         if told is None:
-            streams[-1][2].append(frame)
+            streams[-1][2].append((at, end))
         last = kind
     if end > len(data):
         raise _truncated(name, len(data), end, "bytes")
@@ -438,11 +440,11 @@ def _mp3_streams(data: bytes, name: str) -> list[bytes]:
     for header, told, frames in streams:
         if told > len(frames):
             raise _truncated(name, len(frames), told, "frames")
-        file = b"".join(frames)
+        file = b"".join(data[at:end] for at, end in frames)
         if told == len(frames):
             files.append(header + file)
         elif frames:
-            guessed = len(frames) * (max(map(len, frames)) + 1)
+            guessed = len(frames) * (max(end - at for at, end in frames) + 1)
             tags = (guessed - len(file)) // 2**20 + 1
             files.append(file + tags * (b"ID3\4\0\0\0\x40\0\0" + bytes(2**20)))
     start = _tag_end(data, 0)
@@ -474,9 +476,8 @@ def check_complete(data: bytes, name: str) -> None:
     elif data[:4] == b"OggS":
         end = _last_page_end(data)
     elif data[start : start + 4] == b"fLaC":
-        flac = data[start:]
-        length = int.from_bytes(flac[21:26]) & 0xFFFFFFFFF
-        end = 0 if length or _ends_in_a_frame(flac) else len(data) + 2
+        length = int.from_bytes(data[start + 21 : start + 26]) & 0xFFFFFFFFF
+        end = 0 if length or _ends_in_a_frame(data, start) else len(data) + 2
     if end > len(data) + 1:  # a last byte of padding may be missing
         raise _truncated(name, len(data), end, "bytes")
 

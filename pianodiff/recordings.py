@@ -28,7 +28,7 @@ from functools import lru_cache
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 from zlib import crc32
 
@@ -401,21 +401,36 @@ class _Source:
                 if not hidden.search(posixpath.normpath(path.replace("\\", "/")))
                 and not path.startswith(stores) and not is_stray(path)]
 
-    def read(self, path: str) -> bytes:
-        """A file's bytes.
+    def _got(self, path: str, get: Callable[[str], Any]) -> Any:
+        """What `get` gives for a file's name there, or for a plainer one's.
 
-        Raises what its file system raises, and ValueError as `_check_growth` does.
+        Raises what it raises, and ValueError as `_check_growth` does.
         """
         name = quote(path, errors="surrogateescape") if is_on_web(self.root) else path
         try:
             if isinstance(self.fs, ZipFileSystem):
                 _check_growth(self.fs.zip.getinfo(path))
             whole = f"{self.root}/{name}" if self.root else name
-            return patiently(lambda: self.fs.cat_file(whole))
+            return patiently(lambda: get(whole))
         except (FileNotFoundError, KeyError):
             if (plain := posixpath.normpath(path)) == path:
                 raise
-            return self.read(plain)
+            return self._got(plain, get)
+
+    def read(self, path: str) -> bytes:
+        """A file's bytes."""
+        return self._got(path, self.fs.cat_file)
+
+    @contextlib.contextmanager
+    def file(self, path: str) -> Iterator[BinaryIO]:
+        """A file, opened on the disk; from elsewhere it is copied there."""
+        with tempfile.TemporaryDirectory() as folder:
+            name = f"{self.root}/{path}"
+            if not isinstance(self.fs, LocalFileSystem):
+                name = f"{folder}/copy"
+                self._got(path, lambda there: self.fs.get_file(there, name))
+            with open(name, "rb") as file:
+                yield file
 
 # %% ../nbs/04_recordings.ipynb #rec00026
 def _check_growth(file: zipfile.ZipInfo) -> None:
@@ -704,12 +719,14 @@ def read_recording(recording: Recording, source: str, sample_rate: int = 8000,
     Raises ValueError or FileNotFoundError with the reason why it can't be read.
     """
     opened = _open_source(source)
-    try:
-        data = opened.read(recording.path)
-    except (FileNotFoundError, KeyError) as error:
-        raise FileNotFoundError("it is listed in the index, but missing") from error
-    except Exception as error:  # a damaged zip, a missing permission, a lost connection
-        raise ValueError(f"it can't be read ({reason(error)})") from error
-    if recording.is_midi:
-        return render_midi(data, soundfont or find_soundfont(), sample_rate)
-    return load_audio(io.BytesIO(data), sample_rate)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(opened.file(recording.path))
+        except (FileNotFoundError, KeyError) as error:
+            raise FileNotFoundError("it is listed in the index, but missing") from error
+        except Exception as error:  # damage, no permission, a lost connection
+            raise ValueError(f"it can't be read ({reason(error)})") from error
+        if not recording.is_midi:
+            return load_audio(file, sample_rate)
+        midi = file.read()
+    return render_midi(midi, soundfont or find_soundfont(), sample_rate)

@@ -266,8 +266,8 @@ def test_a_row_finds_its_recording(name, there, found, tmp_path):
 def test_what_is_replaced_or_passed_over_is_told(tmp_path):
     folder = touch(tmp_path, "a.flac", "b.mid", "c.wav", "d.wav", "e.opus", "e.mid", "1.jpg", "._a.flac", "Thumbs.db")
     assert told(folder) == (["a.flac", "b.mid", "c.wav", "d.wav", "e.opus"],
-                            ["passed over, being no sound that is read: 1 .jpg",
-                             "passed over, being MIDI beside sound of the same name: 1"])
+                            ["passed over, being MIDI beside sound of the same name: 1",
+                             "passed over, being no sound that is read: 1 .jpg"])
     index = "split,audio_filename,midi_filename\ntrain,a.wav,a.mid\ntrain,b.wav,b.mid\ntrain,c.wav,c.mid\n"
     (folder / "index.csv").write_text(index)
     assert told(folder) == (["a.flac", "b.mid", "c.wav"], [
@@ -285,7 +285,7 @@ def test_all_endings_of_sound(tmp_path):
     assert len(paths) == len(recordings.AUDIO_ENDINGS) and set(AUDIO_FORMATS) <= set(recordings.AUDIO_ENDINGS)
     assert remarks == ["passed over, being no sound that is read: 1 z",
                        "passed over; convert such sound to FLAC or WAV: 2 .m4a"]
-    with pytest.raises(ValueError, match=r"no sound file \(passed over, .* 1 \.wma\); give another folder"):
+    with pytest.raises(ValueError, match=r"no sound file \(passed over; .* 1 \.wma\); give another folder"):
         find_recordings(touch(tmp_path / "none", "a.wma"))
 
 

@@ -164,14 +164,13 @@ def _attributes(group: zarr.Group, store: str | os.PathLike) -> dict[str, Any]:
 
 # %% ../nbs/05_data.ipynb #dat00022
 def _place(store: str) -> tuple[fsspec.AbstractFileSystem, str, bool]:
-    """The file system of a store, its root there, and whether it holds anything.
+    """The file system of a store, its root there, and whether that exists.
 
     Raises ValueError where that can't be found out.
     """
     try:
         fs, root = file_system(store)
-        found = patiently(lambda: fs.find(root) if fs.exists(root) else [])
-        return fs, root, not all(is_stray(path) for path in found)
+        return fs, root, patiently(lambda: fs.exists(root))
     except Exception as error:  # no library, no credentials, no network
         raise ValueError(f"the store {store} can't be reached ({reason(error)}); check "
                          "the address and your access, or give another place"
@@ -281,7 +280,7 @@ def _run_in_processes(work: _Work, todo: Sequence[Recording], jobs: int) -> _Res
             with _undisturbed():
                 pending = {pool.submit(work, recording): recording
                            for recording in todo}
-            yield from ((pending[done], done.result())
+            yield from ((pending.pop(done), done.result())
                         for done in as_completed(pending))
         except (BrokenProcessPool, BrokenPipeError) as error:
             script = "(a script needs `if __name__ == '__main__':`)"
@@ -382,7 +381,8 @@ def _claim_store(store: str, cfg: SpectrogramConfig, source: str) -> zarr.Group:
     try:
         group = _open_group(store, "r+")
     except FileNotFoundError:
-        if not _place(store)[2]:
+        fs, root, exists = _place(store)
+        if not exists or all(is_stray(path) for path in fs.find(root)):
             with _writing(store), suppress(zarr.errors.ContainsGroupError):
                 return zarr.open_group(_address(store), mode="a", attributes=about)
         try:
@@ -480,12 +480,17 @@ def _as_kept(recordings: Sequence[Recording], finished: Iterable[str],
 def _summarise(group: zarr.Group, store: str, finished: dict[str, dict[str, Any]],
                recordings: Sequence[Recording]) -> None:
     """Write the summary: again, where another run has finished more meanwhile."""
+    fs, root, _ = _place(store)
     listed = -1
     while listed < len(finished):
         listed = len(finished)
         with _writing(store):
             group.update_attributes(_summary(_refreshed(finished, recordings)))
-        finished |= _finished(group)
+            fs.invalidate_cache()
+            names = {path.rpartition("/")[2] for path in fs.ls(root, detail=False)}
+            for name in names & {r.id for r in recordings} - finished.keys():
+                if facts := _facts_of(group.get(name)):
+                    finished[name] = facts
 
 
 def _refreshed(finished: dict[str, dict[str, Any]],

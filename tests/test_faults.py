@@ -237,7 +237,7 @@ def object_store(monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "open-sesame")
     there = s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}", skip_instance_cache=True)
-    there.mkdir("recordings")
+    there.mkdir("far-away")
     yield port, there
     thread.stop()
 
@@ -252,16 +252,16 @@ def test_an_unreliable_object_store(tmp_path, object_store):
     port, there = object_store
     takes(tmp_path / "music", 12, shortest=2.1)
     assert command("prepare", tmp_path / "music", tmp_path / "whole").returncode == 0
-    there.put(str(tmp_path / "music"), "recordings/music", recursive=True)
+    there.put(str(tmp_path / "music"), "far-away/music", recursive=True)
     handler = unreliable(port)
     with serving(handler) as bad:
         environment = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{bad}",
                        "FSSPEC_S3_CONFIG_KWARGS": json.dumps({"read_timeout": 0.5})}
-        done = command("prepare", "s3://recordings/music", "s3://recordings/store", "--jobs", 2, **environment)
+        done = command("prepare", "s3://far-away/music", "s3://far-away/store", "--jobs", 2, **environment)
     assert done.returncode == 0, done.stderr
     assert "open-sesame" not in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert all(handler.seen[fault] for fault in Unreliable.faults) and handler.seen[None] > 50
-    there.get("recordings/store", str(tmp_path / "copy"), recursive=True)
+    there.get("far-away/store", str(tmp_path / "copy"), recursive=True)
     assert_same_store(tmp_path / "copy", tmp_path / "whole", 12)
 
 

@@ -220,6 +220,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'pianodiff.files._checksum': ('files.html#_checksum', 'pianodiff/files.py'),
                                  'pianodiff.files._ends_in_a_frame': ('files.html#_ends_in_a_frame', 'pianodiff/files.py'),
                                  'pianodiff.files._goes_on': ('files.html#_goes_on', 'pianodiff/files.py'),
+                                 'pianodiff.files._joined': ('files.html#_joined', 'pianodiff/files.py'),
                                  'pianodiff.files._last_page_end': ('files.html#_last_page_end', 'pianodiff/files.py'),
                                  'pianodiff.files._make_room': ('files.html#_make_room', 'pianodiff/files.py'),
                                  'pianodiff.files._mp3_streams': ('files.html#_mp3_streams', 'pianodiff/files.py'),

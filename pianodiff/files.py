@@ -417,6 +417,15 @@ def _announced(frame: bytes, kind: int) -> int | None:
     return int.from_bytes(frame[50:54]) if frame[36:40] == b"VBRI" else None
 
 # %% ../nbs/25_files.ipynb #50a1d009
+def _joined(data: bytes, frames: list[tuple[int, int]], header: bytes) -> bytes:
+    """The header and the frames, most of which follow one another."""
+    runs: list[tuple[int, int]] = []
+    for at, end in frames:
+        begin = runs.pop()[0] if runs and runs[-1][1] == at else at
+        runs.append((begin, end))
+    return b"".join([header, *(data[begin:end] for begin, end in runs)])
+
+
 def _mp3_streams(data: bytes, name: str) -> list[bytes]:
     """The MP3 files that follow one another in `data`, without other bytes; `data`
     itself where there is none.
@@ -440,9 +449,10 @@ def _mp3_streams(data: bytes, name: str) -> list[bytes]:
     for header, told, frames in streams:
         if told > len(frames):
             raise _truncated(name, len(frames), told, "frames")
-        file = b"".join(data[at:end] for at, end in frames)
-        if told == len(frames):
-            files.append(header + file)
+        whole = told == len(frames)
+        file = _joined(data, frames, header * whole)
+        if whole:
+            files.append(file)
         elif frames:
             guessed = len(frames) * (max(end - at for at, end in frames) + 1)
             tags = (guessed - len(file)) // 2**20 + 1

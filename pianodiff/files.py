@@ -112,9 +112,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 # %% ../nbs/25_files.ipynb #58f2e6b1
 def _checksum(tensors: dict[str, Tensor]) -> str:
-    """The CRCs of the tensors' bytes, in the order of their names."""
-    data = (tensors[name].flatten().view(torch.uint8) for name in sorted(tensors))
-    return "-".join(str(zlib.crc32(values.numpy().data)) for values in data)
+    """The CRC of what the tensors are, and those of their bytes by order of names."""
+    names = sorted(tensors)
+    about = [(name, str(tensors[name].dtype), [*tensors[name].shape]) for name in names]
+    data = (tensors[name].flatten().view(torch.uint8) for name in names)
+    crcs = [zlib.crc32(values.numpy().data) for values in data]
+    return "-".join(map(str, [zlib.crc32(repr(about).encode()), *crcs]))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:
@@ -122,11 +125,13 @@ def load_tensors(path: Path) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            # version 0.1.0 wrote some files without a checksum
-            expected = (file.metadata() or {}).get("checksum")
+            found = (file.metadata() or {}).get("checksum")
     except (OSError, SafetensorError):
         return None
-    return tensors if expected in (None, _checksum(tensors)) else None
+    expected = _checksum(tensors)
+    # version 0.1.0 kept no CRC of what they are, and in some files none at all
+    known = None, expected, expected.partition("-")[2]
+    return tensors if found in known else None
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -227,7 +232,8 @@ class Cache:
             os.utime(path)  # it was used now
         except OSError:
             return None
-        return data[4:] if int.from_bytes(data[:4]) == zlib.crc32(data[4:]) else None
+        whole = data[:4] == zlib.crc32(data[4:]).to_bytes(4)  # not of an empty file
+        return data[4:] if whole else None
 
     def put(self, key: str, data: bytes) -> None:
         """Keep the bytes, if the disk lets us."""

@@ -109,7 +109,7 @@ def seconds(tracks: list, division: int) -> Fraction:
     return Fraction(total + (max(ends) - now) * tempo, 1_000_000 * division)
 
 
-@holds(60, 4000, tracks=TRACKS, division=st.integers(1, 0x7FFF), kind=st.integers(0, 2), running=st.booleans(),
+@holds(60, 2000, tracks=TRACKS, division=st.integers(1, 0x7FFF), kind=st.integers(0, 2), running=st.booleans(),
        other=some_bytes)
 def test_a_midi_file_is_as_long_as_its_events(tracks, division, kind, running, other):
     head = b"MThd\0\0\0\6" + b"".join(n.to_bytes(2, "big") for n in (kind, len(tracks), division))
@@ -166,7 +166,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems for
 
 
 @on_linux
-@holds(30, 1500, rows=ROWS, form=st.sampled_from(["csv", "rows", "columns"]), zipped=st.booleans())
+@holds(30, 1000, rows=ROWS, form=st.sampled_from(["csv", "rows", "columns"]), zipped=st.booleans())
 def test_an_index_of_any_names_and_titles(rows, form, zipped):
     files = {row[0]: str(i).encode() for i, row in enumerate(rows)}
     name, index = index_of(rows, form)
@@ -187,7 +187,7 @@ raw_words = st.binary(min_size=1, max_size=40).map(lambda name: name.translate(N
 
 
 @on_linux
-@holds(30, 1500, names=st.sets(st.tuples(st.lists(raw_words, max_size=2).map(tuple), raw_words), min_size=1,
+@holds(30, 1000, names=st.sets(st.tuples(st.lists(raw_words, max_size=2).map(tuple), raw_words), min_size=1,
                                max_size=8))
 def test_a_folder_of_any_bytes_for_names(names):
     files = {os.fsdecode(b"".join(name + b"_/" for name in folders) + stem + b".wav") for folders, stem in names}
@@ -231,7 +231,7 @@ def wave_of(data: bytes) -> tuple[np.ndarray, int]:
     return samples.mean(1), rate
 
 
-@holds(60, 4000, **SOUND)
+@holds(60, 3000, **SOUND)
 def test_a_whole_sound_is_what_soundfile_reads(**about):
     data = written(**about)
     try:
@@ -248,14 +248,14 @@ TELLING = [kind for kind in writable() if kind[0] in ("WAV", "WAVEX", "RF64", "W
                                                       "OGG", "MP3")]
 
 
-@holds(100, 6000, **SOUND | {"kind": st.sampled_from(TELLING), "length": st.integers(1, 3000)}, part=st.floats(0, 1))
+@holds(100, 3000, **SOUND | {"kind": st.sampled_from(TELLING), "length": st.integers(1, 3000)}, part=st.floats(0, 1))
 def test_a_cut_sound_is_refused_unless_nothing_of_it_is_lost(part, **about):
     data = written(**about)
     try:
         expected = load_audio(io.BytesIO(data), about["rate"])
     except ValueError:
         assume(False)
-    cut = data[: int(part * (len(data) - 1))]    # one byte may be padding
+    cut = data[: int(part * (len(data) - 3))]    # the last bytes may be padding
     try:
         found = load_audio(io.BytesIO(cut), about["rate"])
     except ValueError as error:
@@ -264,7 +264,7 @@ def test_a_cut_sound_is_refused_unless_nothing_of_it_is_lost(part, **about):
         assert torch.equal(found, expected)
 
 
-@holds(40, 2500, kind=st.sampled_from(["VORBIS", "OPUS", "MPEG_LAYER_III"]), rate=st.sampled_from(RATES),
+@holds(30, 800, kind=st.sampled_from(["VORBIS", "OPUS", "MPEG_LAYER_III"]), rate=st.sampled_from(RATES),
        parts=st.lists(st.tuples(st.integers(1, 2), st.integers(1, 3000)), min_size=2, max_size=4))
 def test_sounds_that_follow_one_another_are_all_heard(kind, rate, parts):
     format = "MP3" if kind[0] == "M" else "OGG"
@@ -285,7 +285,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["put", "get", "spoil", "cut"]), st.i
                            st.floats(0, 1, exclude_max=True)), max_size=25)
 
 
-@holds(25, 2000, steps=STEPS, share=st.integers(0, 130))
+@holds(25, 1000, steps=STEPS, share=st.integers(0, 130))
 def test_a_cache_keeps_its_bound_and_gives_what_was_put_last(steps, share):
     with folder() as home:
         cache, last = Cache(home, 0.1), {}
@@ -327,7 +327,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
         and torch.equal(one[name], other[name]) for name in one)
 
 
-@holds(25, 2000, about=TENSORS, changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
+@holds(25, 800, about=TENSORS, changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
                                                  min_size=20, max_size=20))
 def test_kept_tensors_come_back_whole_or_not_at_all(about, changes):
     tensors = {name: tensor(*how) for name, how in about.items()}
@@ -348,7 +348,7 @@ def test_kept_tensors_come_back_whole_or_not_at_all(about, changes):
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=5)
 
 
-@holds(8, 150, lengths=LENGTHS, width=st.integers(1, 40), hop=st.sampled_from([16, 32]),
+@holds(8, 120, lengths=LENGTHS, width=st.integers(1, 40), hop=st.sampled_from([16, 32]),
        offset=st.integers(0, 40), in_memory=st.booleans())
 def test_blocks_tile_and_know_what_is_before_them(lengths, width, hop, offset, in_memory):
     cfg = type(CFG)(n_fft=64, hop_length=hop, n_frames=width)

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import os
 import pickle
 import shutil
@@ -9,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numcodecs
 import pytest
 import torch
+import zarr
 from test_generate import tiny_piano
 from test_recordings import CFG, sound
 
@@ -113,3 +116,21 @@ def test_a_pickle_in_place_of_a_file_is_not_run(home, tmp_path, name, form):
     if form == "pickle":
         pickle.loads(data.getvalue())    # it would have
         assert ran.exists()
+
+
+def test_a_store_of_zarr_2_is_not_opened(home, tmp_path, monkeypatch):
+    """Its chunks may be pickles, and older versions of numcodecs unpickle them."""
+    monkeypatch.setattr(numcodecs.pickles, "ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
+    group = zarr.open_group(home / "store", mode="r")
+    (tmp_path / ".zgroup").write_text('{"zarr_format": 2}')
+    (tmp_path / ".zattrs").write_text(json.dumps(dict(group.attrs)))
+    for name, array in group.arrays():
+        (tmp_path / name).mkdir()
+        about = {"zarr_format": 2, "shape": array.shape, "chunks": array.shape, "dtype": "|O", "fill_value": 0,
+                 "order": "C", "compressor": {"id": "pickle"}, "filters": [{"id": "vlen-utf8"}]}
+        (tmp_path / name / ".zarray").write_text(json.dumps(about))
+        (tmp_path / name / ".zattrs").write_text(json.dumps(dict(array.attrs)))
+        (tmp_path / name / "0.0").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    with pytest.raises(FileNotFoundError, match="is not a spectrogram store"):
+        read_store(tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -25,6 +25,7 @@ from pianodiff.audio import load_audio, normalize_peak, save_audio, to_spectrogr
 from pianodiff.data import BlockDataset, prepare
 from pianodiff.files import Cache, load_tensors, save_tensors
 from pianodiff.recordings import AUDIO_ENDINGS, SPLITS, find_recordings
+from pianodiff.terminal import discreet
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is missing: pip install -e '.[dev]'")
 from hypothesis import Phase, assume, given, settings  # noqa: E402
@@ -381,3 +382,23 @@ def check_blocks(home: Path, split: str, cfg: type(CFG), offset: int, in_memory:
             assert torch.equal(block["prev"], torch.zeros_like(block["spec"]) if before is None else before)
             index += 1
     assert index == len(blocks)
+
+# Secrets
+
+plain_text = st.text("abcXYZ0189-._~", min_size=1, max_size=10)
+SECRET = "open-sesame"
+user_text = st.text("abcXYZ019-._~!$&'()*+,;=:@%", max_size=8)
+query_text = st.text("abcXYZ019-._~+/=%", max_size=8)
+KEYS = ["sig", "token", "access_token", "X-Amz-Signature", "X-Amz-Security-Token", "X-Amz-Credential", "AWSAccessKeyId",
+        "api_key", "password", "client-secret", "Key-Pair-Id"]
+
+
+@holds(60, 3000, scheme=st.sampled_from(["https", "ftp", "s3", "sftp", "hf"]), host=plain_text,
+       user=st.none() | st.tuples(user_text, user_text), path=st.lists(plain_text, max_size=3).map("/".join),
+       query=st.lists(st.tuples(st.sampled_from(KEYS), query_text, query_text), max_size=3),
+       around=st.sampled_from(["{}", "no {}; check it", "'{}'", "({})", '"{}", {}', "{} and {}"]))
+def test_no_secret_of_an_address_is_told(scheme, host, user, path, query, around):
+    login = f"{user[0]}{SECRET}{user[1]}@" if user else ""
+    asked = "&".join(f"{key}={before}{SECRET}{after}" for key, before, after in query)
+    told = discreet(around.format(*[f"{scheme}://{login}{host}/{path}?{asked}"] * 2))
+    assert SECRET not in told and f"{scheme}://" in told and f"{host}/{path}" in told

@@ -26,6 +26,7 @@ from pianodiff.data import BlockDataset, prepare
 from pianodiff.files import Cache, load_tensors, save_tensors
 from pianodiff.recordings import AUDIO_ENDINGS, SPLITS, find_recordings
 from pianodiff.terminal import discreet
+from pianodiff.train import load_checkpoint, save_checkpoint
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is missing: pip install -e '.[dev]'")
 from hypothesis import Phase, assume, given, settings  # noqa: E402
@@ -343,6 +344,24 @@ def test_kept_tensors_come_back_whole_or_not_at_all(about, changes):
             found = load_tensors(path)
             assert found is None or same(found, tensors)
 
+
+@holds(15, 500, about=TENSORS, changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
+                                                min_size=20, max_size=20), step=st.integers(0, 10**6))
+def test_a_checkpoint_comes_back_whole_or_is_refused(about, changes, step):
+    tensors, facts = {name: tensor(*how) for name, how in about.items()}, {"step": step, "mean": 0.25}
+    with folder() as home:
+        path = Path(home, "checkpoint.safetensors")
+        save_checkpoint(path, tensors, facts)
+        whole = path.read_bytes()
+        for part, change in [(0, 0), *changes]:
+            at = int(part * len(whole))
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :])
+            try:
+                found, told = load_checkpoint(path)
+            except ValueError as error:
+                assert change and "truncated or no checkpoint" in str(error)
+            else:
+                assert same(found, tensors) and told == facts
 
 # Stores
 

@@ -50,7 +50,7 @@ chapters: $(VENV)/.installed-dev
 	$(BIN)/nbdev_clean
 
 clean:
-	rm -rf piano.wav piano.png book/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf piano.wav piano.png book/_build build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find pianodiff tests bench book nbs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/pyvenv.cfg:

@@ -137,7 +137,8 @@ def _check_listing(id: str, split: str, title: str, frames: int) -> None:
 
 def _open_group(store: str | os.PathLike, mode: Literal["r", "r+"]) -> zarr.Group:
     try:
-        return patiently(lambda: zarr.open_group(_address(store), mode=mode))
+        return patiently(lambda: zarr.open_group(_address(store), mode=mode,
+                                                 zarr_format=3))
     except (FileNotFoundError, FileExistsError,
             zarr.errors.ContainsArrayError) as error:
         raise FileNotFoundError(f"{store} is not a spectrogram store; make one with "

@@ -53,8 +53,8 @@ def lasting(seconds: float) -> str:
 # %% ../nbs/26_terminal.ipynb #ter00024
 def discreet(text: str) -> str:
     """A text without the passwords, keys and signatures of the URLs in it."""
-    text = re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text)
-    secret = r"[?&][\w-]*(?:sig|token|key|secret|passw|credential)[\w-]*="
+    text = re.sub(r"(\w://)[^/?#\s]*@", r"\1***@", text)  # to the last @, as in urllib
+    secret = r"[?&#;][\w-]*(?:sig|token|key|secret|passw|credential)[\w-]*="
     return re.sub(rf"(?i)({secret})[^&\s\"')]+", r"\1***", text)
 
 

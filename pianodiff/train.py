@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -31,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .data import BlockDataset, Store
-from .files import Cache, ahead, locked, seed_of, whole_file
+from .files import Cache, ahead, checksum, locked, seed_of, whole_file
 from .recipe import EVAL_SIGMAS, PowerEMA, TrainConfig, adamw, draw_batch
 from .terminal import counted, lasting, progress_bar
 from .unet import UNet
@@ -52,7 +53,9 @@ def save_checkpoint(
     # replaced, and doesn't fill the disk
     temporary = path.with_name(path.name + ".tmp")
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    content = safetensors.torch.save(tensors, {"pianodiff": json.dumps(about)})
+    facts = json.dumps(about)
+    content = safetensors.torch.save(tensors, {"pianodiff": facts,
+                                               "checksum": _sum(tensors, facts)})
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -77,10 +80,19 @@ def load_checkpoint(
     """What `save_checkpoint` wrote. Raises ValueError where the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["pianodiff"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about
+            facts, kept = file.metadata()["pianodiff"], file.metadata().get("checksum")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            about = json.loads(facts)
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise _damaged(path) from error
+    if kept not in (None, _sum(tensors, facts)):  # version 0.1.0 kept none
+        raise _damaged(path)
+    return tensors, about
+
+
+def _sum(tensors: dict[str, Tensor], facts: str) -> str:
+    """The checksum of all that a checkpoint holds."""
+    return f"{checksum(tensors)}-{zlib.crc32(facts.encode())}"
 
 
 def _damaged(path: str | os.PathLike) -> ValueError:

@@ -2,6 +2,7 @@
 
 A case is a number: it chooses a kind of file, an example of it, and how that is damaged. It is fine if the file is
 read, or refused in one line. Cases run in processes of their own, where a crash, a hang or a growing memory is seen.
+`python tests/fuzz.py 300 0 commands` hands damaged files to the command, and `... 200 0 midi` to FluidSynth.
 """
 
 import io
@@ -19,18 +20,26 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-SECONDS, MEGABYTES = 20, 1500  # that one case may take; the memory is beside what PyTorch has taken
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: threads do not outlive a fork
+SECONDS, MEGABYTES = 60, 1500  # that one case may take; the memory is beside what PyTorch has taken
 REFUSALS = (ValueError, FileNotFoundError, OSError)
 Examples = dict[str, bytes]
 
 
 FORMATS = {"WAV": "PCM_16 FLOAT MS_ADPCM GSM610", "RF64": "PCM_16", "W64": "PCM_24", "AIFF": "PCM_16 FLOAT",
            "CAF": "PCM_16 ALAC_16", "AU": "ULAW", "FLAC": "PCM_16", "OGG": "VORBIS OPUS", "MP3": "MPEG_LAYER_III"}
+
+
+def once(make: Callable) -> Callable:
+    kept: list = []
+    return lambda: kept[0] if kept else kept.append(make()) or kept[0]
 
 
 def sounds() -> Examples:
@@ -175,11 +184,6 @@ def read_store(name: str) -> Callable[[bytes, Path], None]:
     return read
 
 
-def once(make: Callable) -> Callable:
-    kept: list = []
-    return lambda: kept[0] if kept else kept.append(make()) or kept[0]
-
-
 @once
 def sounds_once() -> Examples:
     return sounds()
@@ -226,6 +230,101 @@ def kinds() -> dict[str, tuple[Callable[[bytes, Path], None], list[bytes]]]:
     return found
 
 
+# What only `midi` tries
+
+
+def render(data: bytes, home: Path) -> None:
+    """Play it: a minute at most, so that many can be tried."""
+    from pianodiff import recordings
+
+    recordings._LONGEST, recordings._RINGING = 1 / 60, 30
+    wave = recordings.render_midi(data, SOUNDFONT)
+    assert len(wave) < 8000 * 100 and bool(wave.isfinite().all())
+
+
+SOUNDFONT = Path(__file__).resolve().parent.parent.parent / "shared/data/fluidr3-piano.sf2"
+
+
+def rendered() -> dict[str, tuple[Callable[[bytes, Path], None], list[bytes]]]:
+    return {"midi": (render, [*midis().values(), lively()])}
+
+
+def lively() -> bytes:
+    """A pedal, a program, a bend, words, a message to the device, and notes under a running status."""
+    events = [b"\0\xc0\0", b"\0\xb0\x40\x7f", b"\0\xff\3\5piano", b"\0\xf0\5\x7e\x7f\x09\1\xf7", b"\0\xe0\0\x50",
+              b"\0\xff\x51\3\7\xa1\x20", b"\0\x90\x30\x50"]
+    notes = [bytes([24, 48 + n, 0, 0, 49 + n, 80]) for n in range(24)]
+    track = b"".join([*events, *notes, b"\x18\x48\0", b"\x83\0\xb0\x40\0", b"\0\xff\x2f\0"])
+    return b"MThd\0\0\0\6\0\0\0\1\0\x60MTrk" + struct.pack(">I", len(track)) + track
+
+
+# What only `commands` tries
+
+
+def command(place: str, *line: str, beside: Callable[[], Path] | None = None) -> Callable[[bytes, Path], None]:
+    """Run a command where the damaged file lies at `place`, in a copy of what `beside` gives."""
+
+    def run(data: bytes, home: Path) -> None:
+        from pianodiff.cli import main
+
+        if beside:
+            shutil.copytree(beside(), home, dirs_exist_ok=True)
+        (home / place).parent.mkdir(parents=True, exist_ok=True)
+        (home / place).write_bytes(data)
+        os.chdir(home)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as screen:
+            code = main(line)
+        lines = [line for line in screen.getvalue().replace("\r", "\n").splitlines() if line.strip()]
+        ours = [line for line in lines if line.startswith("pianodiff: ")]
+        if code not in (0, 2) or len(ours) != code // 2 or code and lines[-1] not in ours:
+            raise AssertionError(f"exit code {code}, {lines[-3:]}")
+        assert "Traceback" not in screen.getvalue(), screen.getvalue()[-300:]
+        if code:
+            raise ValueError(ours[0])
+
+    return run
+
+
+@once
+def workplace() -> Path:
+    """A folder with music, a store, a model and a run of four steps."""
+    from test_generate import tiny_piano
+    from test_recordings import CFG
+    from test_train import CONFIG
+
+    from pianodiff import train
+    from pianodiff.audio import SPECTROGRAMS
+
+    SPECTROGRAMS["nano"] = CFG  # blocks of an eighth of a second
+    few, train_as_asked = replace(CONFIG, images=16, eval_blocks=2, eval_images=16), train.train
+    train.train = lambda store, run, config, **how: train_as_asked(store, run, few, **how)
+    home = Path(tempfile.mkdtemp())
+    shutil.copytree(store_once().parent, home, dirs_exist_ok=True)
+    tiny_piano().save_pretrained(home / "model")
+    train.train(home / "store", home / "run", None)
+    return home
+
+
+def commands() -> dict[str, tuple[Callable[[bytes, Path], None], list[bytes]]]:
+    home, sound = workplace(), list(sounds_once().values())
+    if SOUNDFONT.is_file():
+        os.environ["PIANODIFF_SOUNDFONT"] = str(SOUNDFONT)
+    prepare = "prepare", "music", "new", "--jobs", "1"
+    found = {f"prepare: {name}": (command(f"music/{name}", *prepare, beside=workplace), some) for name, some in (
+        ("z.wav", sound), ("z.mid", [lively()]), *((name, [data]) for name, data in indexes().items()))}
+    found["prepare: zip"] = command("z.zip", "prepare", "z.zip", "new", "--jobs", "1"), list(zips().values())
+    found["info: sound"] = command("z.wav", "info", "z.wav"), sound
+    found["continue"] = command("z.wav", "continue", "z.wav", "-m", "model", "-n", "1", "-s", "0.25", "--seed", "1",
+                                beside=workplace), sound
+    for folder, line in (("model", "info model"), ("store", "info store"), ("store", "train store other"),
+                         ("run", "train store run --images 32")):
+        for path in sorted(path for path in (home / folder).rglob("*") if path.is_file()):
+            name = str(path.relative_to(home))
+            if folder != "run" or path.parent == home / "run":
+                found[f"{line}: {name}"] = command(name, *line.split(), beside=workplace), [path.read_bytes()]
+    return found
+
+
 def told(error: BaseException) -> None:
     """Raise AssertionError for a refusal that is no single line."""
     if not str(error).strip() or "\n" in str(error):
@@ -253,7 +352,11 @@ def tried(number: int) -> str:
 
 @once
 def kinds_once() -> dict:
-    return kinds()
+    return WAYS[way]()
+
+
+WAYS = {"files": kinds, "commands": commands, "midi": rendered}
+way = "files"
 
 
 def worker(first: int, count: int, report: int) -> None:
@@ -300,7 +403,9 @@ def outcomes(first: int, count: int, batch: int = 500) -> Iterator[tuple[int, st
             first = number + 1
 
 
-def main(count: int, first: int = 0) -> int:
+def main(count: int, first: int = 0, chosen: str = "files") -> int:
+    global way
+    way = chosen
     begin, found, bad = time.monotonic(), Counter(), 0
     for number, outcome in outcomes(first, count):
         found[outcome if not outcome.startswith("FAILED") else "failed"] += 1
@@ -314,4 +419,4 @@ def main(count: int, first: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(*map(int, sys.argv[1:3]), *sys.argv[3:]))

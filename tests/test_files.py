@@ -5,6 +5,7 @@ import itertools
 import os
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -189,9 +190,13 @@ def test_a_result_is_made_once_and_again_when_its_file_is_damaged(tmp_path):
     assert cached(None, make)["x"].shape == (100,) and len(made) == 6
 
 
-def test_a_file_without_a_checksum_is_read(tmp_path):
+def test_files_of_0_1_0_are_read(tmp_path):
     (tmp_path / "x").write_bytes(save({"x": torch.ones(3)}))
     assert torch.equal(load_tensors(tmp_path / "x")["x"], torch.ones(3))
+    crc = zlib.crc32(torch.ones(3).numpy().tobytes())
+    for kept, expected in ((crc, True), (crc + 1, False)):    # as 0.1.0 wrote it
+        (tmp_path / "x").write_bytes(save({"x": torch.ones(3)}, {"checksum": str(kept)}))
+        assert (load_tensors(tmp_path / "x") is not None) == expected
     assert load_tensors(tmp_path / "missing") is None and load_tensors(tmp_path) is None
 
 
@@ -211,6 +216,8 @@ def test_a_cache_gives_back_what_is_whole(tmp_path):
         assert cache.get("a") == data == Cache(tmp_path / "new/cache", 5).get("a")
     (path,) = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert cache.get("a") is None
+    path.write_bytes(b"")    # as a lost current leaves it
     assert cache.get("a") is None
     cache.put("a", bytes(2 * 10**6))  # more than a drawer holds
     assert cache.get("a") is None

@@ -1,7 +1,21 @@
-"""`python -m pianodiff` is the command `pianodiff`."""
+"""The command `pianodiff`, which `python -m pianodiff` is, too."""
 
+import signal
 import sys
 
-from .cli import main
 
-sys.exit(main())
+def run() -> int:
+    """Run the command, and return its exit code.
+
+    While it is imported, which takes a second, and after its end Ctrl-C ends the process at once, as it does a program
+    of C: nothing is begun then, or all is done, and Python would show where it was.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from .cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -30,11 +30,7 @@ if os.environ.get("NO_COLOR"):  # tyro doesn't know it
 # Threads of libgomp that wait for each other spin this often before they sleep. By
 # default they spin for milliseconds, and beside other work that is most of the time.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-try:
-    import tyro
-except KeyboardInterrupt:  # it takes half a second
-    print("pianodiff: interrupted", file=sys.stderr)
-    sys.exit(130)
+import tyro
 
 if TYPE_CHECKING:
     from torch import Tensor

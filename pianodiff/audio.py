@@ -229,14 +229,26 @@ def sound_file(
                 yield write
                 empty = not file.frames
         except soundfile.LibsndfileError as error:
-            with part.open("ab") as rest:
-                rest.write(bytes(2**16))  # raises what libsndfile calls a system error
+            _check_room(part)
             reason = error.error_string.rstrip(".")
             raise OSError(
                 f"{path} can't be written ({reason}); choose another place or format"
             ) from error
         if empty:
             part.unlink()
+        else:
+            _check_room(part)
+
+
+def _check_room(file: Path) -> None:
+    """Raise OSError where a file can't grow.
+
+    libsndfile doesn't say why it can't write, and at a file's end not even that.
+    """
+    with file.open("ab") as end:
+        size = end.tell()
+        end.write(bytes(2**16))
+        end.truncate(size)
 
 # %% ../nbs/02_audio.ipynb #5e3a91c8
 class SoundFacts(NamedTuple):

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import warnings
 
 
 def run() -> int:
@@ -12,6 +13,9 @@ def run() -> int:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # what an interruption leaves half made complains when it goes
+    sys.unraisablehook = lambda complaint: None
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     from .cli import main
 
     return main()

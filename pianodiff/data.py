@@ -369,7 +369,7 @@ def _collect(
     return made, skipped
 
 # %% ../nbs/05_data.ipynb #dat00032
-from .recordings import STRAY, scan_source, tell
+from .recordings import scan_source, tell
 
 # %% ../nbs/05_data.ipynb #32cdcc6b
 def _claim_store(store: str, cfg: SpectrogramConfig, source: str) -> zarr.Group:
@@ -401,8 +401,8 @@ def _claim_store(store: str, cfg: SpectrogramConfig, source: str) -> zarr.Group:
     return group
 
 
-# What desktops, and runs that were killed, leave between the arrays
-_UNKNOWN = rf"Object at ({STRAY}|.*\.partial) is not"
+# What desktops, killed runs and full disks leave between the arrays
+_UNKNOWN = "Object at .* is not recognized"
 
 
 def _finished(group: zarr.Group) -> dict[str, dict[str, Any]]:

@@ -49,13 +49,17 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename not in (None, part, str(part)):
             raise  # it is about something else
-        raise OSError(
-            error.errno,
-            f"{path} can't be written ({error.strerror}); choose another place",
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"{path} can't be written ({error.strerror}); choose another place",
+    )
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -147,8 +151,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, save(tensors, {"checksum": checksum(tensors)}))
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
         raise OSError(
-            f"the cache {path.parent} can't be written ({error}); give another folder"
+            f"the cache {path.parent} can't be written ({reason}); make room, or give "
+            "another folder"
         ) from error
 
 
@@ -177,7 +183,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool | None]:
     The kernel lifts it however the process ends. Raises OSError if the file can't be
     made.
     """
-    with open(path, "w") as file:
+    try:
+        lock = open(path, "w")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    with lock as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

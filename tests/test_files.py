@@ -23,6 +23,7 @@ from pianodiff.files import (
     cached,
     check_complete,
     load_tensors,
+    locked,
     save_tensors,
     whole_file,
     whole_folder,
@@ -202,8 +203,15 @@ def test_files_of_0_1_0_are_read(tmp_path):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="the cache .*file can't be written .*; give another folder"):
+    with pytest.raises(OSError, match=r"the cache .*file can't be written \(File exists\); make room, or give another"):
         save_tensors(tmp_path / "file" / "x", {"x": torch.ones(3)})
+
+
+def test_a_lock_that_cannot_be_made(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"folder can't be written \(Is a directory\); choose another place"), \
+            locked(tmp_path / "folder"):
+        pass
 
 
 # ---- a cache

@@ -180,6 +180,9 @@ _STARTS = (ExtensionFileLoader.create_module.__code__,  # of a compiled module
            ExtensionFileLoader.exec_module.__code__)
 
 
+_arrived = threading.Event()  # a signal, in `interruptible`
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, as Ctrl-C does.
 
@@ -188,6 +191,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if any(inside.f_code in _STARTS for inside, _ in traceback.walk_stack(frame)):
         threading.Timer(0.05, _thread.interrupt_main, [number]).start()
     else:
+        _arrived.set()
         raise KeyboardInterrupt
 
 
@@ -197,6 +201,7 @@ def interruptible() -> Iterator[None]:
 
     Signals that are handled, or ignored (by nohup), stay as they are.
     """
+    _arrived.clear()
     main_thread = threading.current_thread() is threading.main_thread()
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not on Windows
     numbers = {getattr(signal, name, signal.SIGINT) for name in names}
@@ -207,6 +212,12 @@ def interruptible() -> Iterator[None]:
         signal.signal(number, _interrupt)
     try:
         yield
+    except OSError:
+        raise  # what has been made can't be written
+    except Exception as error:
+        if _arrived.is_set():  # compiled code can make another error of it
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number in ours:
             signal.signal(number, before[number])

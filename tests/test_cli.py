@@ -617,6 +617,21 @@ def test_interrupted_where_a_compiled_module_swallows_what_is_raised(model, monk
     assert capsys.readouterr().err == "pianodiff: interrupted\n" and len(load_audio("piano.wav")) == 2000
 
 
+@pytest.mark.parametrize(("error", "code", "told"), [
+    (ValueError("no shape"), 130, "interrupted"),
+    (OSError(28, "No space left on device"), 2, "No space left on device")])
+def test_interrupted_where_compiled_code_makes_another_error_of_it(model, monkeypatch, capsys, error, code, told):
+    """As safetensors does while it loads a model; a full disk is still told."""
+    def pieces(*args, **how):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    monkeypatch.setattr("pianodiff.generate.Piano.stream", pieces)
+    assert make(model) == code
+    assert capsys.readouterr().err == f"pianodiff: {told}\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX's signals")
 def test_interrupted_before_the_command_line_is_read(tmp_path):
     """While tyro is imported: the process ends as one of C does, and shows no line of Python."""

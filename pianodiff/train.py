@@ -89,7 +89,7 @@ def load_checkpoint(
         raise _damaged(path)
     return tensors, about
 
-
+# %% ../nbs/10_train.ipynb #trn10030
 def _sum(tensors: dict[str, Tensor], facts: str) -> str:
     """The checksum of all that a checkpoint holds."""
     return f"{checksum(tensors)}-{zlib.crc32(facts.encode())}"

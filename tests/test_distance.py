@@ -284,10 +284,10 @@ def test_bad_points_are_refused_in_one_line(call, words):
     assert "\n" not in str(caught.value)
 
 
-def test_few_clips_are_warned_of_and_shrinkage_named():
+def test_few_clips_are_warned_of():
     few, many = Moments.of(normal(10, 12)), Moments.of(normal(100, 12))
     for pair in ((few, many), (many, few)):
-        with pytest.warns(UserWarning, match=r"10 clips in 12 dimensions.*shrink"):
+        with pytest.warns(UserWarning, match=r"10 clips in 12 dimensions.*trust the kernel distance"):
             frechet_distance(*pair)
     with pytest.warns(UserWarning, match="8 clips in 12"):
         frechet_infinity(normal(16, 12), many)

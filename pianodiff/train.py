@@ -83,7 +83,7 @@ def load_checkpoint(
             facts, kept = file.metadata()["pianodiff"], file.metadata().get("checksum")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             about = json.loads(facts)
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+    except (SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise _damaged(path) from error
     if kept not in (None, _sum(tensors, facts)):  # version 0.1.0 kept none
         raise _damaged(path)

@@ -254,7 +254,8 @@ def group_is_gone(group: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, id="kill -9", marks=pytest.mark.long),
+                                 pytest.param(signal.SIGINT, id="Ctrl-C")])
 def test_an_interrupted_run_goes_on(how, tmp_path):
     (tmp_path / "music").mkdir()
     save_audio(tmp_path / "music/000.wav", sound(0, 1.5))

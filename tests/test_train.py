@@ -123,6 +123,7 @@ def test_the_loss_falls(store, tmp_path):
     assert all(float(last[f"val_{sigma}"]) < 0.8 for sigma in (1, 3, 10)), last
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", ["torn", "written", "renamed"])
 def test_a_run_killed_while_it_writes_a_checkpoint_ends_with_the_same_weights(store, whole_afresh, tmp_path, moment):
     """kill -9 with the second checkpoint half-written, written but not renamed, just renamed."""
@@ -493,6 +494,7 @@ def launch(processes: int, script: Path, *words: object,
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, timeout=3600)
 
 
+@pytest.mark.long
 def test_two_processes_train_one_network(store, whole, tmp_path):
     """Under `accelerate launch`: the same blocks as one process sees, shared out, and one set of weights."""
     script = tmp_path / "two.py"

@@ -556,7 +556,8 @@ def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: Spectrogra
         print("what is finished is kept: run the same again, and it goes on",
               file=sys.stderr)
         raise
-    if not (finished := finished | new):
+    # another run may have filled the store that this one began
+    if not (finished := finished | new or _finished(group)):
         for path in ours[-1:]:
             fs.rm(path, recursive=True)
         path, why = next(iter(skipped.items()))

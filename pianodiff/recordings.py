@@ -424,13 +424,12 @@ class _Source:
     @contextlib.contextmanager
     def file(self, path: str) -> Iterator[BinaryIO]:
         """A file, opened on the disk; from elsewhere it is copied there."""
-        with tempfile.TemporaryDirectory() as folder:
+        with contextlib.ExitStack() as stack:
             name = f"{self.root}/{path}"
             if not isinstance(self.fs, LocalFileSystem):
-                name = f"{folder}/copy"
+                name = f"{stack.enter_context(tempfile.TemporaryDirectory())}/copy"
                 self._got(path, lambda there: self.fs.get_file(there, name))
-            with open(name, "rb") as file:
-                yield file
+            yield stack.enter_context(open(name, "rb"))
 
 # %% ../nbs/04_recordings.ipynb #rec00026
 def _check_growth(file: zipfile.ZipInfo) -> None:

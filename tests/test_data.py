@@ -1,5 +1,6 @@
 """What `prepare` takes and survives: layouts, places, clusters, interruptions, damage; and the blocks that come out."""
 
+import errno
 import functools
 import http.server
 import json
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader
 from pianodiff.audio import SpectrogramConfig, load_audio, normalize_peak, save_audio, to_spectrogram
 from pianodiff.data import BlockDataset, _collect, _prepare_one, _run, open_store, prepare
 from pianodiff.files import Cache
-from pianodiff.recordings import SPLITS, Recording, find_recordings
+from pianodiff.recordings import SPLITS, Recording, find_recordings, read_recording
 
 BLOCKS = {"train": 3 + 5, "validation": 3, "test": 2}
 IDS = {f"2004--{name}.wav" for name in SPLIT}
@@ -689,6 +690,33 @@ def test_a_cached_recording_that_was_made_anew(music, mine, tmp_path):
     prepare(other, mine, CFG, jobs=1)
     after = blocks()
     assert not torch.equal(after[:3], before[:3]) and torch.equal(after[3:], before[3:])
+
+
+def test_a_store_that_another_run_fills_is_kept(tmp_path, monkeypatch):
+    """This one began it, and can use none of its own recordings."""
+    (tmp_path / "music/2004").mkdir(parents=True)
+    save_audio(tmp_path / "music/2004/a.wav", sound(0, 0.5))
+    save_audio(tmp_path / "music/2004/b.wav", torch.zeros(8000))
+    write_index(tmp_path / "music", {"a": "train", "b": "test"})
+
+    def meanwhile(*args: object) -> Iterator[tuple[Recording, dict]]:
+        monkeypatch.undo()
+        prepare(tmp_path / "music", tmp_path / "store", CFG, splits=["train"], jobs=1)
+        yield from _run(*args)
+
+    monkeypatch.setattr("pianodiff.data._run", meanwhile)
+    report = prepare(tmp_path / "music", tmp_path / "store", CFG, splits=["test"], jobs=1)
+    assert report["new"] == 0 and report["recordings"] == 1 and list(report["skipped"]) == ["2004/b.wav"]
+    assert [r["id"] for r in open_store(tmp_path / "store").recordings] == ["2004--a.wav"]
+
+
+def test_a_full_temporary_folder_does_not_matter_to_files_on_the_disk(tmp_path, monkeypatch):
+    def full(*args: object, **how: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    save_audio(tmp_path / "a.wav", sound(0, 0.5))
+    assert len(read_recording(Recording("a.wav", "train"), str(tmp_path))) == 4000
 
 
 # Places

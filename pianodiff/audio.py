@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .files import whole_file, whole_sounds
+from .terminal import held_back
 
 # %% ../nbs/02_audio.ipynb #2647902e
 def _check_finite(wave: Tensor, name: str = "the wave") -> None:
@@ -51,7 +52,9 @@ class _Forwards(soundfile.SoundFile):
 def _opened(file: Any, name: str) -> Iterator[soundfile.SoundFile]:
     """A sound file to read; ValueError, which calls it `name`, where that fails."""
     try:
-        with _Forwards(file) as sound:
+        with held_back():
+            sound = _Forwards(file)
+        with sound:
             yield sound
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".")
@@ -72,7 +75,8 @@ def _decoded(sound: BinaryIO, name: str) -> Iterator[tuple[int, np.ndarray]]:
             told = 0  # it may be a guess; `whole_sounds` has counted the frames
         piece = np.zeros((1, 0))
         while len(piece):
-            piece = file.read(2**20 // file.channels, "float32", always_2d=True)
+            with held_back():
+                piece = file.read(2**20 // file.channels, "float32", always_2d=True)
             there += len(piece)
             yield rate, torch.from_numpy(piece).mean(1).numpy()
     if there < told < 2**62:  # beyond that, the file doesn't tell
@@ -359,7 +363,8 @@ def _encoded(wave: Tensor, sample_rate: int, **how: Any) -> bytes:
         )
     _check_finite(wave)
     data = io.BytesIO()
-    soundfile.write(data, wave.clamp(-1, 1).numpy(), sample_rate, **how)
+    with held_back():
+        soundfile.write(data, wave.clamp(-1, 1).numpy(), sample_rate, **how)
     return data.getvalue()
 
 # %% ../nbs/02_audio.ipynb #94f0b650

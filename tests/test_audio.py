@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,50 @@ def test_bad_content_is_named_in_one_line(tmp_path, content, words):
     with pytest.raises(ValueError) as error:
         load_audio(tmp_path / "bad.wav")
     assert words in one_line(error) and "bad.wav" in str(error.value) and ";" in str(error.value)
+
+
+class Interrupted(io.BytesIO):
+    """A file in memory; Ctrl-C comes while it is read, or written, for the n-th time."""
+
+    left = 0
+
+    def counted(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    def readinto(self, buffer) -> int:
+        self.counted()
+        return super().readinto(buffer)
+
+    def write(self, data) -> int:
+        self.counted()
+        return super().write(data)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG"])
+def test_libsndfile_does_not_take_ctrl_c_for_the_end_of_a_file(kind):
+    """Its callbacks swallow all that is raised in them: the file would be cut off, or shortened without a word."""
+    whole = io.BytesIO()
+    soundfile.write(whole, sine(440, 8000 * 20), 8000, format=kind)
+    reads = 0
+    for reads in range(1, 1000):
+        file = Interrupted(whole.getvalue())
+        file.left = reads
+        try:
+            load_audio(file)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert reads > 2 and file.left > 0
+
+
+def test_nor_while_it_writes(monkeypatch):
+    for writes in (1, 2):
+        monkeypatch.setattr(Interrupted, "left", writes)
+        monkeypatch.setattr(audio.io, "BytesIO", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            to_flac(torch.from_numpy(sine(440, 8000 * 20)))
 
 
 @pytest.mark.parametrize("part", [0.01, 0.3, 0.6, 0.99])

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "synth": set(),
     "terminal": set(),
     "sde": set(),
-    "audio": {"files"},
+    "audio": {"files", "terminal"},
     "phases": {"audio"},
     "recordings": {"audio", "terminal"},
     "data": {"audio", "files", "recordings", "synth", "terminal"},

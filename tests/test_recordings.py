@@ -7,7 +7,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy
+import soundfile
 import torch
 import zarr
 
@@ -15,7 +18,7 @@ import pianodiff
 from pianodiff import recordings
 from pianodiff.audio import AUDIO_FORMATS, SpectrogramConfig, save_audio
 from pianodiff.data import open_store, prepare
-from pianodiff.recordings import SPLITS, find_recordings, find_soundfont, render_midi
+from pianodiff.recordings import ROOMS, SPLITS, find_recordings, find_soundfont, render_midi
 
 CFG = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)    # a block is 1024 samples, an eighth of a second
 SECONDS = {"a": 0.5, "b": 0.7, "c": 0.4, "d": 0.3}
@@ -61,6 +64,9 @@ def zipped(folder: Path, archive: Path, inside: str = "") -> Path:
 
 
 # MIDI
+
+SOUNDFONT = b"RIFF\4\0\0\0sfbk"    # as one begins
+
 
 def midi_file(*pitches: int) -> bytes:
     """One note after another, each of two seconds."""
@@ -148,12 +154,57 @@ def test_a_missing_soundfont_or_fluidsynth_is_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no soundfont elsewhere\.sf2"):
         prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
     assert not (tmp_path / "store").exists()
-    (tmp_path / "any.sf2").write_text("")
+    (tmp_path / "any.sf2").write_bytes(SOUNDFONT)
     monkeypatch.setenv("PIANODIFF_SOUNDFONT", str(tmp_path / "any.sf2"))
     assert find_soundfont() == str(tmp_path / "any.sf2")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"none of the 1 recordings .* a\.mid: FluidSynth is not installed; install"):
         prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
+
+
+# Rooms
+
+@pytest.mark.parametrize("rate", [8000, 22_050])
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_has_the_reverberation_it_is_said_to_have(name, rate):
+    response = recordings.room_response(name, rate)
+    wet, seconds = recordings.reverberation(response, rate)
+    assert response[0] == 1 and torch.equal(response, recordings.room_response(ROOMS[name], rate))
+    assert seconds == pytest.approx(ROOMS[name].seconds, rel=0.1)
+    assert wet == pytest.approx(1 - 1 / float(response.double().square().sum())) and 0.1 < wet < 0.7
+    late = response[rate // 10 :]
+    levels = [scipy.signal.spectrogram(part.numpy(), rate)[2].mean(1) for part in late.tensor_split(2)]
+    fall = levels[1] / levels[0]
+    assert fall[2:16].mean() > 3 * fall[64:].mean()    # high frequencies die away faster
+
+
+def test_dry_is_no_room():
+    assert torch.equal(recordings.reverberate_(sound(0, 0.5), recordings.room_response("dry")), sound(0, 0.5))
+    assert recordings.reverberation(recordings.room_response("dry")) == (0, 0)
+
+
+@pytest.mark.parametrize("samples", [1, 5000, 65_536, 150_000])
+@pytest.mark.parametrize("taps", [1, 2, 19_000])
+def test_a_wave_in_a_room_is_a_convolution(samples, taps):
+    wave, response = sound(0, samples / 8000), recordings.room_response("hall")[:taps]
+    whole = scipy.signal.oaconvolve(wave.double().numpy(), response.double().numpy())[:samples]
+    assert np.abs(recordings.reverberate_(wave.clone(), response).numpy() - whole).max() < 1e-6
+
+
+def burst(seconds: float, decay: float, rate: int) -> np.ndarray:
+    """A click after 50 ms, and noise that dies away."""
+    time = np.arange(round(seconds * rate)) / rate
+    noise = 0.02 * np.random.default_rng(0).normal(size=len(time)) * 10 ** (-3 * time / decay)
+    return np.concatenate([np.zeros(rate // 20), [-0.9], np.zeros(rate // 100), noise])
+
+
+def test_a_measured_room(tmp_path):
+    soundfile.write(tmp_path / "hall", np.stack([burst(2, 1.3, 8000)] * 2, 1), 8000, format="WAV", subtype="FLOAT")
+    response = recordings.room_response(tmp_path / "hall")
+    assert len(response) == len(burst(2, 1.3, 8000)) - 400 + 20 and response[20] == 1 == response.abs().max()
+    wet, seconds = recordings.reverberation(response)
+    tail = np.square(burst(2, 1.3, 8000)[481:]).sum()
+    assert wet == pytest.approx(tail / (tail + 0.81), rel=1e-3) and seconds == pytest.approx(1.3, rel=0.05)
 
 
 # Indexes

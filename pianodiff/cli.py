@@ -13,6 +13,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
@@ -123,9 +124,19 @@ def _of_store(path: str) -> dict[str, Any]:
     from pianodiff.data import open_store
 
     store = open_store(path)
-    return {"store": discreet(path), "of": store.source,
-            "hours": _by_split(store.hours), "recordings": len(store.recordings),
-            "block": _block(store.cfg)}
+    facts = {"store": discreet(path), "of": store.source,
+             "hours": _by_split(store.hours), "recordings": len(store.recordings)}
+    pianos = Counter(r["piano"] for r in store.recordings if "piano" in r)
+    rooms = Counter(_room(*r.get("room", (0, 0))) for r in store.recordings)
+    for name, kinds in (("pianos", pianos), ("rooms", rooms)):
+        if len(kinds) > 1:
+            facts[name] = [f"{kind} {times:,}" for kind, times in kinds.most_common()]
+    return facts | {"block": _block(store.cfg)}
+
+
+def _room(wet: float, seconds: float) -> str:
+    """A room, by its T60 and how wet it is."""
+    return f"{seconds:.2g} s ({wet:.0%} wet)" if wet else "dry"
 
 
 def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /, *,
@@ -430,12 +441,14 @@ def _make(request: Request, out: Path, prompt: Path | None) -> None:
 
 # %% ../nbs/19_cli.ipynb #e9534f4f
 _Store = Annotated[str, tyro.conf.arg(metavar="STORE")]
+_Several = tuple[str, ...]
 
 
 def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Store, /,
             *, preset: str = "nano", splits: tuple[str, ...] = (),
             jobs: Annotated[int | None, _short("-j", "INT")] = None,
-            soundfont: _File = None, cluster: _Text = None) -> None:
+            soundfont: _Several = (), rooms: _Several = (), seed: int = 0,
+            cluster: _Text = None) -> None:
     """Turn recordings into a store to train on; run again, it goes on where it stopped.
 
     Args:
@@ -444,7 +457,11 @@ def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Sto
         preset: the shape of the spectrograms: nano, base, paper-128 or paper-256
         splits: only these of train, validation and test; all by default
         jobs: processes; all cores by default
-        soundfont: a piano for MIDI files without a recording
+        soundfont: a piano for MIDI files without a recording; or several, of which the
+            seed gives each file one
+        rooms: what recordings are put into, one each: dry, studio, chamber, hall,
+            church, or the sound file of an impulse response; all stay dry by default
+        seed: of the choice of pianos and rooms
         cluster: the address of a Dask scheduler, to run there
     """
     from pianodiff.audio import SPECTROGRAMS
@@ -455,7 +472,8 @@ def prepare(source: Annotated[str, tyro.conf.arg(metavar="SOURCE")], store: _Sto
                          f"{', '.join(SPECTROGRAMS)}")
     begin = time.perf_counter()
     report = prepare_store(source, store, SPECTROGRAMS[preset], splits=splits or None,
-                           jobs=jobs, soundfont=soundfont, cluster=cluster)
+                           jobs=jobs, soundfont=soundfont, rooms=rooms, seed=seed,
+                           cluster=cluster)
     for path, reason in report["skipped"].items():
         print(f"skipped {path}: {reason}", file=sys.stderr)
     took = lasting(time.perf_counter() - begin)

@@ -5,6 +5,7 @@ __all__ = ['STORE_FORMAT', 'Store', 'open_store', 'prepare', 'BlockDataset']
 
 # %% ../nbs/05_data.ipynb #dd35a89d
 import errno
+import math
 import multiprocessing
 import os
 import random
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .audio import SpectrogramConfig, peak_of, to_spectrogram
-from .files import Cache, ahead, single_threaded
+from .files import Cache, ahead, seed_of, single_threaded
 
 # this and what follows, where it was before 0.2
 from .recordings import MIDI_ENDINGS as MIDI_ENDINGS
@@ -88,7 +89,8 @@ class Store:
     mean: float
     std: float
     source: str
-    recordings: tuple[dict[str, Any], ...]  # id, split, title and frames of each
+    # id, split, title and frames of each; its piano and room, where they are noted
+    recordings: tuple[dict[str, Any], ...]
 
     def of(self, split: str) -> list[dict[str, Any]]:
         """The recordings of one split. Raises ValueError if there are none."""
@@ -128,13 +130,6 @@ def open_store(store: str | os.PathLike) -> Store:
                          "make it anew with `pianodiff prepare`") from error
 
 
-def _check_listing(id: str, split: str, title: str, frames: int) -> None:
-    """Raise ValueError for what is no recording of a store's list."""
-    words = isinstance(id, str) and isinstance(title, str) and split in SPLITS
-    if not words or not isinstance(frames, int) or frames < 0:
-        raise ValueError(f"the recording {id}, {frames} frames, split {split}")
-
-
 def _open_group(store: str | os.PathLike, mode: Literal["r", "r+"]) -> zarr.Group:
     try:
         return patiently(lambda: zarr.open_group(_address(store), mode=mode,
@@ -163,6 +158,17 @@ def _attributes(group: zarr.Group, store: str | os.PathLike) -> dict[str, Any]:
                          "with " "`pianodiff prepare`")
     return about
 
+# %% ../nbs/05_data.ipynb #sta00007
+def _check_listing(id: str, split: str, title: str, frames: int, piano: str = "",
+                   room: Sequence[float] = (0.0, 0.0)) -> None:
+    """Raise ValueError for what is no recording of a store's list."""
+    words = all(isinstance(word, str) for word in (id, title, piano))
+    if not words or split not in SPLITS or not isinstance(frames, int) or frames < 0:
+        raise ValueError(f"the recording {id}, {frames} frames, split {split}")
+    wet, seconds = room
+    if not 0 <= wet <= 1 or not 0 <= seconds < math.inf:
+        raise ValueError(f"the recording {id}, room {room}")
+
 # %% ../nbs/05_data.ipynb #dat00022
 def _place(store: str) -> tuple[fsspec.AbstractFileSystem, str, bool]:
     """The file system of a store, its root there, and whether that exists.
@@ -182,9 +188,79 @@ def _address(store: str | os.PathLike) -> str | Path:
     """A store as Zarr takes it: what is no URL is a path, whatever its name."""
     return str(store) if "://" in str(store) else Path(store)
 
+# %% ../nbs/05_data.ipynb #sta00004
+from .recordings import DRY, ROOMS, reverberate_, reverberation, room_response
+
+# %% ../nbs/05_data.ipynb #sta00002
+_Paths = str | os.PathLike | Iterable[str | os.PathLike] | None
+_NOTES = "piano", "room"
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Soundfonts and rooms, of which each recording gets one that the seed decides.
+
+    A room is its name or path, how wet it is, and its T60 in seconds.
+    """
+
+    soundfonts: tuple[str, ...] = ()
+    rooms: tuple[tuple[str, float, float], ...] = ((DRY, 0.0, 0.0),)
+    seed: int = 0
+
+    def _drawn(self, purpose: int, recording: Recording, count: int) -> int:
+        return seed_of(self.seed, purpose, *recording.id.encode()) % count
+
+    def piano(self, recording: Recording) -> str | None:
+        """The recording's soundfont; none if it is no MIDI."""
+        if not recording.is_midi or not self.soundfonts:
+            return None
+        return self.soundfonts[self._drawn(0, recording, len(self.soundfonts))]
+
+    def room(self, recording: Recording) -> tuple[str, float, float]:
+        """The recording's room."""
+        return self.rooms[self._drawn(1, recording, len(self.rooms))]
+
+    def notes(self, recording: Recording) -> dict[str, Any]:
+        """What a store notes of them."""
+        notes: dict[str, Any] = {}
+        if (piano := self.piano(recording)) and len(set(self.soundfonts)) > 1:
+            notes["piano"] = Path(piano).stem
+        name, *facts = self.room(recording)
+        return notes if name == DRY else notes | {"room": facts}
+
+# %% ../nbs/05_data.ipynb #sta00006
+def _set_up(soundfont: _Paths, rooms: _Paths, seed: int, cfg: SpectrogramConfig,
+            midi: bool) -> _Stage:
+    """The stage for these soundfonts, which only `midi` needs, and rooms.
+
+    Raises FileNotFoundError or ValueError for what is none, and for a negative seed.
+    """
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {seed}")
+    fonts = _each(soundfont) or [None]  # then that of the system
+    return _Stage(tuple(find_soundfont(path) for path in fonts if midi),
+                  tuple(_facts(r, cfg.sample_rate) for r in _each(rooms) or [DRY]),
+                  seed)
+
+
+def _facts(room: str | os.PathLike, sample_rate: int) -> tuple[str, float, float]:
+    """A room's name or path, how wet it is, and its T60: as asked for, or measured."""
+    wet, seconds = reverberation(room_response(room, sample_rate), sample_rate)
+    name = str(room)
+    if not isinstance(room, str) or name not in {DRY, *ROOMS}:
+        name = absolute_path(room)
+    elif name in ROOMS:
+        seconds = ROOMS[name].seconds
+    return name, round(wet, 3), round(float(seconds), 3)
+
+
+def _each(paths: _Paths) -> list[Any]:
+    """One or several, as a list."""
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths or ())
+
 # %% ../nbs/05_data.ipynb #0efa2ef5
 def _prepare_one(recording: Recording, source: str, store: str, cfg: SpectrogramConfig,
-                 soundfont: str | None) -> dict[str, Any]:
+                 stage: _Stage) -> dict[str, Any]:
     """Write one recording's array, and return its attributes.
 
     Where the recording can't be used, {"error": the reason} is returned instead.
@@ -196,17 +272,20 @@ def _prepare_one(recording: Recording, source: str, store: str, cfg: Spectrogram
         if found := _facts_of(group.get(recording.id)):
             return found  # another run was quicker
     try:
-        wave = read_recording(recording, source, cfg.sample_rate, soundfont)
+        wave = read_recording(recording, source, cfg.sample_rate,
+                              stage.piano(recording))
         if len(wave) < cfg.block_samples:
             seconds = len(wave) / cfg.sample_rate
             raise ValueError(f"it lasts {seconds:.2f} s, less than a block "
                              f"({cfg.block_seconds:.2f} s)")
+        if (room := stage.room(recording)[0]) != DRY:
+            reverberate_(wave, room_response(room, cfg.sample_rate))
         codes = _codes(wave.div_(peak_of(wave)), cfg)
     except (ValueError, FileNotFoundError) as error:
         return {"error": str(error)}
     about: dict[str, Any] = {"id": recording.id, "split": recording.split,
                              "title": recording.title, "frames": len(codes),
-                             "histogram": _histogram(codes)}
+                             "histogram": _histogram(codes), **stage.notes(recording)}
     with _writing(store):
         array = _array_for(codes, group, recording.id)
         array[:] = codes
@@ -432,8 +511,8 @@ def _summary(finished: Iterable[dict[str, Any]]) -> dict[str, Any]:
     levels = np.arange(256) / 255
     mean = np.average(levels, weights=counts)
     std = np.sqrt(np.average((levels - mean) ** 2, weights=counts))
-    index = [{key: r[key] for key in ("id", "split", "title", "frames")}
-             for r in finished]
+    keys = "id", "split", "title", "frames", *_NOTES
+    index = [{key: r[key] for key in keys if key in r} for r in finished]
     return {"complete": True, "mean": float(mean), "std": float(std),
             "recordings": index}
 
@@ -510,11 +589,24 @@ def _size(fs: fsspec.AbstractFileSystem, root: str) -> int:
             return fs.du(root)
     return 0
 
+
+def _differing(finished: dict[str, dict[str, Any]], recordings: Sequence[Recording],
+               stage: _Stage) -> list[str]:
+    """A line about those that today's pianos, rooms and seed would make otherwise."""
+    others = 0
+    for r in recordings:
+        if r.id in finished:
+            today = stage.notes(r)
+            others += any(finished[r.id].get(key) != today.get(key) for key in _NOTES)
+    return [f"{counted(others, 'recording')} kept as prepared before, with other "
+            "pianos, rooms or seed; give another folder to make them anew"
+            ] * (others > 0)
+
 # %% ../nbs/05_data.ipynb #4e78dae6
 def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: SpectrogramConfig,
             *, splits: Iterable[str] | None = None, jobs: int | None = None,
-            soundfont: str | os.PathLike | None = None,
-            cluster: str | None = None) -> dict[str, Any]:
+            soundfont: _Paths = None, cluster: str | None = None, rooms: _Paths = DRY,
+            seed: int = 0) -> dict[str, Any]:
     """Write a data set's spectrograms into a Zarr store (section III-B).
 
     Run again, it goes on where it stopped.
@@ -523,18 +615,19 @@ def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: Spectrogra
     `[frames, n_bins]`. `source` is a folder, zip or URL in MAESTRO's layout or a folder
     of sound files; `store` is any fsspec URL; `splits` are some of SPLITS; `jobs`
     processes do the work (as many as there are cores), or the Dask cluster at
-    `cluster`, which must see both places. The result tells `hours` of sound by split,
-    `recordings` in the store, how many are `new`, the store's `bytes`, and in `skipped`
-    the reason for each recording that can't be used. Raises FileNotFoundError or
-    ValueError for a source, store or soundfont that can't be used, OSError if the store
-    can't be written, a worker dies or no cluster answers.
+    `cluster`, which must see all places. MIDI is played on one of the soundfonts, and
+    each recording stands in one of `rooms`, as `room_response` takes them; the `seed`
+    draws. The result tells `hours` of sound by split, `recordings` in the store, how
+    many are `new`, the store's `bytes`, and in `skipped` the reason for each recording
+    that can't be used. Raises FileNotFoundError or ValueError for a source, store,
+    soundfont or room that can't be used, OSError if the store can't be written, a
+    worker dies or no cluster answers.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}; give 1 or more, or leave it out")
     source, store = absolute_path(source), absolute_path(store)
     recordings, chosen = _choose(source, splits)
-    if any(r.is_midi for r in chosen):
-        soundfont = find_soundfont(soundfont)
+    stage = _set_up(soundfont, rooms, seed, cfg, any(r.is_midi for r in chosen))
     if cluster:
         _client(cluster).close()  # while there is no store yet
     fs, root, _ = _place(store)
@@ -543,12 +636,12 @@ def prepare(source: str | os.PathLike, store: str | os.PathLike, cfg: Spectrogra
     finished = _finished(group)
     recordings, chosen = (_as_kept(r, finished, source) for r in (recordings, chosen))
     _check_listed(finished, recordings, store, source)
+    tell(_differing(finished, chosen, stage), store)
     todo = [r for r in chosen if r.id not in finished]
     todo.sort(key=lambda r: -r.duration)  # so that cores end together
     if not ours:
         random.Random().shuffle(todo)  # another run may have begun with these
-    work = partial(_prepare_one, source=source, store=store, cfg=cfg,
-                   soundfont=str(soundfont) if soundfont else None)
+    work = partial(_prepare_one, source=source, store=store, cfg=cfg, stage=stage)
     try:
         results = _run(work, todo, jobs or os.cpu_count() or 1, cluster)
         new, skipped = _collect(results, todo)
@@ -580,7 +673,12 @@ class _Grid:
         return int(self.ends[-1])
 
     def place(self, index: int, offset: int = 0) -> tuple[int, int]:
-        """A block's recording and first frame: `offset` late, or the last that fits."""
+        """A block's recording and first frame: `offset` late, or the last that fits.
+
+        Raises IndexError for a block that isn't there.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
         which = int(np.searchsorted(self.ends, index, side="right"))
         first = int(self.ends[which - 1]) if which else 0
         start = (index - first) * self.width + offset
@@ -733,6 +831,15 @@ class BlockDataset(Dataset):
             return self.block(index)
         return self.block(index, int(torch.randint(self.info.cfg.n_frames, ())))
 
+    def room(self, index: int) -> tuple[float, float]:
+        """How wet the room of block `index` is, 0 to 1, and its T60 in seconds.
+
+        Both are 0 where the recording was prepared dry.
+        """
+        which, _ = self._grid.place(index)
+        wet, seconds = self._frames.recordings[which].get("room", (0.0, 0.0))
+        return float(wet), float(seconds)
+
     def block(self, index: int, offset: int = 0) -> dict[str, Any]:
         """Block `index` begun `offset` frames late, or as late as its recording allows.
         """
@@ -746,8 +853,6 @@ class BlockDataset(Dataset):
 
         {"spec": `[W, F]` uint8, "prev": `[W, F]` uint8, "has_prev": bool}
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"block {index} of {len(self)}")
         which, start = self._grid.place(index, offset)
         width = self._grid.width
         has_prev = start >= width

@@ -748,7 +748,11 @@ def test_prepare(monkeypatch, capsys):
     assert main("prepare music.zip s3://bucket/store --preset paper-128 --splits train test --jobs 2".split()) == 0
     assert asked["source"] == "music.zip" and asked["store"] == "s3://bucket/store" and asked["cfg"].n_fft == 256
     assert asked["splits"] == ("train", "test") and asked["jobs"] == 2
-    assert asked["cluster"] is None and asked["soundfont"] is None
+    assert asked["cluster"] is None and not asked["soundfont"] and not asked["rooms"] and asked["seed"] == 0
+    assert main("prepare --soundfont a.sf2 b.sf2 --seed 3 --rooms dry hall --jobs 1 music store".split()) == 0
+    assert (asked["soundfont"], asked["rooms"], asked["seed"]) == (("a.sf2", "b.sf2"), ("dry", "hall"), 3)
+    capsys.readouterr()
+    assert main("prepare music.zip store".split()) == 0
     out, err = capsys.readouterr()
     assert err == "skipped odd.wav: it is silent\n" and "3 recordings (train 1.5 hours), 2 new, 1.3 MB" in out
     assert "no preset 'grand'" in refused(capsys, main("prepare music.zip store --preset grand".split()))

@@ -24,13 +24,14 @@ import pytest
 import soundfile
 import torch
 import zarr
-from test_recordings import CFG, SECONDS, SPLIT, maestro, sound, write_index, zipped
+from test_recordings import CFG, SECONDS, SOUNDFONT, SPLIT, maestro, sound, write_index, zipped
 from torch.utils.data import DataLoader
 
 from pianodiff.audio import SpectrogramConfig, load_audio, normalize_peak, save_audio, to_spectrogram
-from pianodiff.data import BlockDataset, _collect, _prepare_one, _run, open_store, prepare
+from pianodiff.cli import main
+from pianodiff.data import BlockDataset, _collect, _prepare_one, _run, _Stage, open_store, prepare
 from pianodiff.files import Cache
-from pianodiff.recordings import SPLITS, Recording, find_recordings, read_recording
+from pianodiff.recordings import SPLITS, Recording, find_recordings, read_recording, room_response
 
 BLOCKS = {"train": 3 + 5, "validation": 3, "test": 2}
 IDS = {f"2004--{name}.wav" for name in SPLIT}
@@ -225,6 +226,99 @@ def test_a_changed_index_moves_what_is_finished(mine, tmp_path):
     assert open_store(mine).mean == pytest.approx(zarr.open_group(mine)["2004--a.wav"][:].mean() / 255)
 
 
+# Pianos and rooms
+
+def files(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def test_one_piano_and_no_room_leave_no_trace(music, store, tmp_path):
+    prepare(music, tmp_path / "store", CFG, jobs=1, soundfont=[tmp_path / "any.sf2"], rooms=["dry"], seed=5)
+    assert files(tmp_path / "store") == files(store)
+
+
+@pytest.fixture(scope="module")
+def takes(tmp_path_factory) -> Path:
+    """A folder of twelve short recordings."""
+    folder = tmp_path_factory.mktemp("takes") / "music"
+    folder.mkdir()
+    for seed in range(12):
+        save_audio(folder / f"{seed:02}.wav", sound(seed, 0.3))
+    return folder
+
+
+def test_rooms(takes, tmp_path, capsys):
+    how = {"rooms": ["dry", "studio", "church"], "seed": 3}
+    prepare(takes, tmp_path / "whole", CFG, jobs=1, **how)
+    rooms = {r["id"]: tuple(r.get("room", (0, 0))) for r in open_store(tmp_path / "whole").recordings}
+    assert {seconds for _, seconds in rooms.values()} == {0, 0.4, 4} and len(set(rooms.values())) == 3
+    dry = prepare(takes, tmp_path / "dry", CFG, jobs=1) and contents(tmp_path / "dry")
+    wet = contents(tmp_path / "whole")
+    assert all((wet[name] == dry[name]) == (room == (0, 0)) for name, room in rooms.items())
+    assert all(wet[name][0].get("room", [0, 0]) == list(room) for name, room in rooms.items())
+
+    some = shutil.copytree(takes, tmp_path / "some/music")    # the choice doesn't depend on what else there is
+    for seed in range(0, 12, 2):
+        (some / f"{seed:02}.wav").unlink()
+    prepare(some, tmp_path / "parts", CFG, jobs=1, **how)
+    assert "before" not in capsys.readouterr().err
+    assert prepare(takes, tmp_path / "parts", CFG, jobs=1, **how)["new"] == 6
+    assert files(tmp_path / "parts")["zarr.json"] == files(tmp_path / "whole")["zarr.json"]
+    assert "before" not in capsys.readouterr().err
+
+    blocks = {split: BlockDataset(tmp_path / "whole", split, random_offset=False) for split in SPLITS}
+    for split, data in blocks.items():
+        expected = [rooms[r["id"]] for r in data.info.of(split) for _ in range(2)]    # two blocks each
+        assert [data.room(i) for i in range(len(data))] == expected
+        with pytest.raises(IndexError):
+            data.room(len(data))
+    assert main(["info", str(tmp_path / "whole")]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rooms")]
+    for told, seconds in {"dry": 0, "0.4 s (30% wet)": 0.4, "4 s (60% wet)": 4}.items():
+        assert f"{told} {sum(room[1] == seconds for room in rooms.values())}" in row
+
+
+def test_pianos(tmp_path, monkeypatch, capsys):
+    """Each soundfont plays a tone of its own here."""
+    fonts = [tmp_path / f"{name}.sf2" for name in ("steinway", "bechstein")]
+    for font in fonts:
+        font.write_bytes(SOUNDFONT)
+    (tmp_path / "music").mkdir()
+    for i in range(12):
+        (tmp_path / f"music/{i:02}.mid").write_bytes(b"MThd")
+    save_audio(tmp_path / "music/recorded.wav", sound(0, 0.3))
+
+    def read(recording: Recording, source: str, rate: int, soundfont: str | None) -> torch.Tensor:
+        assert (soundfont is None) == (not recording.is_midi)
+        return sound(len(Path(soundfont or "").stem), 0.3)
+
+    monkeypatch.setattr("pianodiff.data.read_recording", read)
+    prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1, soundfont=fonts, seed=1)
+    group = zarr.open_group(tmp_path / "store", mode="r")
+    pianos = {r["id"]: r.get("piano") for r in open_store(tmp_path / "store").recordings}
+    assert set(pianos.values()) == {"steinway", "bechstein", None} and pianos["recorded.wav"] is None
+    for name in ("steinway", "bechstein"):
+        ids = [id for id, piano in pianos.items() if piano == name]
+        expected = to_spectrogram(normalize_peak(sound(len(name), 0.3))[0], CFG)
+        assert all(np.abs(group[id][:].T / 255 - expected.numpy()).max() < 0.5001 / 255 for id in ids)
+        assert main(["info", str(tmp_path / "store")]) == 0
+        assert f"{name} {len(ids)}" in capsys.readouterr().out
+    before = files(tmp_path / "store")
+    for soundfont, rooms, told in [(fonts, "dry", ""), (fonts[0], "dry", "12 recordings kept as prepared before, with"),
+                                   (fonts, "hall", "13 recordings kept")]:
+        how = {"soundfont": soundfont, "rooms": rooms, "seed": 1}
+        assert prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1, **how)["new"] == 0
+        assert files(tmp_path / "store") == before
+        err = capsys.readouterr().err
+        assert told in err and ("kept" in err) == bool(told)
+
+
+def test_a_negative_seed_is_refused(music, tmp_path, capsys):
+    assert main(["prepare", str(music), str(tmp_path / "store"), "--seed", "-1"]) == 2
+    assert capsys.readouterr().err.endswith("pianodiff: --seed must be 0 or more, not -1\n")
+    assert not (tmp_path / "store").exists()
+
+
 # Interruptions
 
 SCRIPT = """
@@ -332,7 +426,7 @@ def test_adding_to_a_store_leaves_it_usable_when_it_fails(mine, tmp_path):
 def test_what_another_run_has_finished_is_left_alone(music, mine):
     kept = mtimes(mine, IDS)
     for recording in find_recordings(music):
-        about = _prepare_one(recording, str(music), str(mine), CFG, None)
+        about = _prepare_one(recording, str(music), str(mine), CFG, _Stage())
         assert about == zarr.open_group(mine, mode="r")[recording.id].attrs.asdict()
     assert mtimes(mine, IDS) == kept
 
@@ -665,7 +759,10 @@ def test_a_store_that_lost_an_array(music, mine, store):
     assert contents(mine) == contents(store)
 
 
-@pytest.mark.parametrize("change", [{"split": None}, {"split": "late"}, {"frames": -1}, {"frames": "9"}, {"id": 3}])
+@pytest.mark.parametrize("change", [{"split": None}, {"split": "late"}, {"frames": -1}, {"frames": "9"}, {"id": 3},
+                                    {"piano": 5}, {"room": 0.3}, {"room": [0.3]}, {"room": [1.1, 1]},
+                                    {"room": [0.3, -1]}, {"room": ["0.3", 1]},
+                                    {"room": [float("nan"), 1]}, {"room": [0.3, float("inf")]}])
 def test_a_listing_that_is_damaged(mine, change):
     about = json.loads((mine / "zarr.json").read_text())
     first = about["attributes"]["recordings"][0]
@@ -858,6 +955,9 @@ def test_dask(music, store, tmp_path, monkeypatch):
         report = prepare("music", "store", CFG, cluster=address)
         assert report["new"] == 4 and "silent" in report["skipped"]["2004/e.wav"]
         assert contents(tmp_path / "store") == contents(store)
+        save_audio("clap.wav", 0.5 * room_response("studio"))    # to be found by workers elsewhere
+        assert prepare("music", "in a room", CFG, cluster=address, rooms="clap.wav")["new"] == 4
+        assert [r["room"] for r in open_store("in a room").recordings] == 4 * [pytest.approx([0.302, 0.417], abs=0.01)]
         with pytest.raises(ChildProcessError, match="a worker process died, .* or on larger workers"):
             list(_run(lambda recording: os.kill(os.getpid(), signal.SIGKILL), find_recordings("music"), 1, address))
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(OSError, match="127.0.0.1:9"):

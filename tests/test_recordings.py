@@ -17,6 +17,7 @@ import zarr
 import pianodiff
 from pianodiff import recordings
 from pianodiff.audio import AUDIO_FORMATS, SpectrogramConfig, save_audio
+from pianodiff.cli import main
 from pianodiff.data import open_store, prepare
 from pianodiff.recordings import ROOMS, SPLITS, find_recordings, find_soundfont, render_midi
 
@@ -162,6 +163,20 @@ def test_a_missing_soundfont_or_fluidsynth_is_named(tmp_path, monkeypatch):
         prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1)
 
 
+@pytest.mark.parametrize("data, message", [
+    (b"", "is not a soundfont; name an .sf2 or .sf3 file"), (b"no soundfont", "is not a soundfont"),
+    (b"RIFF\4\0\0\0WAVE", "is not a soundfont"), (b"RIFF\5\0\0\0sfbk", "is cut off; copy it again")])
+def test_what_is_no_soundfont(data, message, tmp_path):
+    (tmp_path / "music").mkdir()
+    (tmp_path / "music/a.mid").write_bytes(midi_file(60))
+    for name, content in (("good", SOUNDFONT), ("bad", data)):
+        (tmp_path / f"{name}.sf2").write_bytes(content)
+    fonts = [tmp_path / "good.sf2", tmp_path / "bad.sf2"]
+    with pytest.raises(ValueError, match=f"bad.sf2 {message}"):
+        prepare(tmp_path / "music", tmp_path / "store", CFG, jobs=1, soundfont=fonts)
+    assert not (tmp_path / "store").exists()
+
+
 # Rooms
 
 @pytest.mark.parametrize("rate", [8000, 22_050])
@@ -205,6 +220,27 @@ def test_a_measured_room(tmp_path):
     wet, seconds = recordings.reverberation(response)
     tail = np.square(burst(2, 1.3, 8000)[481:]).sum()
     assert wet == pytest.approx(tail / (tail + 0.81), rel=1e-3) and seconds == pytest.approx(1.3, rel=0.05)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("hal", "there is no room 'hal'; did you mean 'hall'? choose of dry, studio, chamber, hall, church, or"),
+    ("gone.wav", "there is no room 'gone.wav'; choose of dry"), ("folder", "the room folder is a folder; give a sound"),
+    ("text.wav", "text.wav can't be read as sound"), ("empty.wav", "empty.wav holds no sound (it is empty or cut off)"),
+    ("silent.wav", "the room silent.wav is silent; give an impulse response that can be heard"),
+    ("nan.wav", "nan.wav holds NaN or infinite values; repair it first"),
+    ("long.wav", "the room long.wav lasts 10.5 s; give an impulse response of at most 10 s")])
+def test_what_is_no_room(name, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.wav").write_text("no sound, whatever its name says")
+    waves = {"empty": [], "silent": np.zeros(800), "nan": [0.1, np.nan], "long": burst(10.4, 1, 8000)}
+    for kind, wave in waves.items():
+        soundfile.write(f"{kind}.wav", wave, 8000, subtype="FLOAT")
+    (tmp_path / "music").mkdir()
+    save_audio(tmp_path / "music/a.wav", sound(0, 3))
+    assert main(["prepare", "music", "store", "--rooms", "dry", name]) == 2
+    *_, told = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"pianodiff: {message}") and not (tmp_path / "store").exists()
 
 
 # Indexes

@@ -32,6 +32,7 @@ class UNetConfig:
     adaptive: bool = False  # embeddings scale and shift (AdaGN), or are added (DDPM++)
     coordinates: bool = False  # learned terms for each frequency row and time column
     context: int = 0  # columns of the previous block that stand before the noisy block
+    labels: int = 0  # numbers that say how a recording's sound was changed
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -77,6 +78,9 @@ def _check_config(config: UNetConfig) -> None:
     if type(context) is not int or context not in allowed:
         raise ValueError(f"context must be a multiple of {step} from 0 to "
                          f"{config.n_frames}, not {context!r}")
+    if type(config.labels) is not int or config.labels < 0:
+        raise ValueError("labels must be a whole number from 0, "
+                         f"not {config.labels!r}")
 
 # %% ../nbs/06_unet.ipynb #e6a6c1dc
 class NoiseEmbedding(nn.Module):
@@ -234,10 +238,11 @@ class Past(NamedTuple):
     vector: Tensor  # [B, emb_channels], the spectrogram embedding
     columns: Tensor  # [B, 1, F, context], zero where there is none
     has_prev: Tensor  # bool [B]
+    labels: Tensor | None = None  # [B, labels]; None: all are zero
 
 
-# [B, 1, F, W]; with has_prev [B], where some have none; encoded; or none at all
-Cond = Tensor | tuple[Tensor, Tensor] | Past | None
+# [B, 1, F, W]; with has_prev [B], where some have none, and labels; encoded; or none
+Cond = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | Past | None
 
 
 def _side_by_side(x: Tensor, past: Past, config: UNetConfig) -> Tensor:
@@ -255,19 +260,22 @@ def _expected(config: UNetConfig) -> str:
     return f"this network takes blocks [B, 1, {config.n_bins}, {config.n_frames}], not"
 
 
-def _with_flags(
-    cond: Tensor | tuple[Tensor, Tensor] | None, batch: int, net: "UNet"
-) -> tuple[Tensor, Tensor]:
-    """Previous blocks `[B, 1, F, W]`, and which of them are there, `[B]`."""
+def _in_full(
+    cond: Tensor | tuple[Tensor, ...] | None, batch: int, labels: Tensor | None,
+    net: "UNet",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Previous blocks `[B, 1, F, W]`, which of them are there, `[B]`, and labels."""
     shape = (1, net.config.n_bins, net.config.n_frames)
     if cond is None:
         cond = net.null.new_zeros(batch, *shape), torch.zeros(batch, dtype=torch.bool)
     elif not isinstance(cond, tuple):
         cond = cond, torch.ones(len(cond), dtype=torch.bool)
-    prev, has_prev = cond
+    prev, has_prev, *told = cond
     if prev.shape[1:] != shape:
         raise ValueError(f"{_expected(net.config)} {list(prev.shape)}")
-    return prev, has_prev.to(prev.device)
+    if told or labels is None:
+        labels = told[0] if told else prev.new_zeros(len(prev), net.config.labels)
+    return prev, has_prev.to(prev.device), labels
 
 # %% ../nbs/06_unet.ipynb #3e959162
 def _level(config: UNetConfig, level: int) -> tuple[nn.Module, ...]:
@@ -283,6 +291,20 @@ def _level(config: UNetConfig, level: int) -> tuple[nn.Module, ...]:
     narrow = nn.Conv2d(width, before, 1) if level else nn.Identity()
     return places, down, up, narrow
 
+
+def _labels(config: UNetConfig) -> nn.Module:
+    if not config.labels:
+        return nn.Identity()
+    return _zero(nn.Linear(config.labels, config.emb_channels, bias=False))
+
+
+def _embedding(net: "UNet", c_noise: Tensor, past: Past) -> Tensor:
+    """Noise level, block before and labels as one vector `[B, emb_channels]`."""
+    emb = net.noise(c_noise) + past.vector
+    if net.config.labels and past.labels is not None:
+        emb = emb + net.labels(past.labels)
+    return F.silu(emb)
+
 # %% ../nbs/06_unet.ipynb #fb509c5a
 class UNet(nn.Module):
     """The network F_θ of Eq. (24) (section III-C; Fig. 7).
@@ -290,44 +312,47 @@ class UNet(nn.Module):
     `x` `[B, 1, F, W]`, `c_noise` `[B]` -> `[B, 1, F, W]`. `cond` is the previous block
     `[B, 1, F, W]`; or a pair `(prev, has_prev)` with a boolean `has_prev` `[B]`, where
     only some blocks have one; or None, where none has. A learned null embedding stands
-    for a missing block. `cond` may also be the `Past` that `encode` made, once for many
+    for a missing block. The pair may have a third part, labels `[B, labels]`; without
+    it they are zero. `cond` may also be the `Past` that `encode` made, once for many
     calls.
-    Raises ValueError if a block is not of the configuration's shape.
+    Raises ValueError if a block is not of the configuration's shape, or if it comes
+    with another number of labels.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        c, emb = config.channels, config.emb_channels
+        c, emb, patch = config.channels, config.emb_channels, config.patch
         self.noise = nn.Sequential(NoiseEmbedding(c[0] * 2), nn.Linear(c[0] * 2, emb),
                                    nn.SiLU(), nn.Linear(emb, emb))
         self.embedding = SpectrogramEmbedding(config)
         self.null = nn.Parameter(torch.zeros(emb))
-        inputs = config.patch**2 + (config.context > 0)
-        self.stem = nn.Conv2d(inputs, c[0], 3, padding=1)
+        self.stem = nn.Conv2d(patch**2 + (config.context > 0), c[0], 3, padding=1)
         levels = zip(*(_level(config, level) for level in range(len(c))), strict=True)
         self.places, self.down, self.up, self.narrow = map(nn.ModuleList, levels)
         self.middle = Stage(c[-1], c[-1], config.attention[-1], config)
         self.out_norm = _norm(c[0])
-        self.out = _zero(nn.Conv2d(c[0], config.patch**2, 3, padding=1))
+        self.out = _zero(nn.Conv2d(c[0], patch**2, 3, padding=1))
+        self.labels = _labels(config)  # last: the others are those of the same seed
 
-    def encode(self, cond: Cond, batch: int = 1) -> Past:
+    def encode(self, cond: Cond, batch: int = 1, labels: Tensor | None = None) -> Past:
         """What the network takes from `cond`; None: `batch` blocks without predecessor.
 
-        `cond` is as in `UNet`; a `Past` comes back as it is.
+        `cond` is as in `UNet`; a `Past` comes back as it is. `labels` `[B, labels]` may
+        also be the third part of `cond`; None are zeros.
         Raises ValueError for blocks that are not `[B, 1, F, W]`.
         """
         if isinstance(cond, Past):
             return cond
-        prev, has_prev = _with_flags(cond, batch, self)
+        prev, has_prev, labels = _in_full(cond, batch, labels, self)
         vector = torch.where(has_prev[:, None], self.embedding(prev), self.null)
         columns = prev[..., self.config.n_frames - self.config.context :]
-        return Past(vector, columns * has_prev[:, None, None, None], has_prev)
+        return Past(vector, columns * has_prev[:, None, None, None], has_prev, labels)
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond = None) -> Tensor:
         past = self.encode(cond, len(x))
         _check_blocks(self, x, past)
-        emb = F.silu(self.noise(c_noise.to(x.dtype)) + past.vector)
+        emb = _embedding(self, c_noise.to(x.dtype), past)
         h, skips = self.stem(_side_by_side(x, past, self.config)), []
         for level, stages in enumerate(self.down):
             h = self.places[level](F.avg_pool2d(h, 2) if level else h)
@@ -347,3 +372,6 @@ def _check_blocks(net: UNet, x: Tensor, past: Past) -> None:
     if x.shape != (len(past.vector), 1, net.config.n_bins, net.config.n_frames):
         raise ValueError(f"{_expected(net.config)} {list(x.shape)} "
                          f"after {len(past.vector)} others")
+    if past.labels is not None and past.labels.shape != (len(x), net.config.labels):
+        raise ValueError(f"this network takes labels [B, {net.config.labels}], not "
+                         f"{list(past.labels.shape)} for {len(x)} blocks")

@@ -132,6 +132,48 @@ def test_other_shapes_are_refused_in_one_line(x, past):
     assert "\n" not in str(caught.value)
 
 
+@BOTH
+def test_labels_of_zero_change_nothing(config):
+    """Not a bit, and not the other weights of a seed: networks without labels go on with them."""
+    net, x, past = UNet(config), blocks(config), blocks(config, seed=2)
+    torch.manual_seed(0)
+    first = UNet(config).state_dict()
+    torch.manual_seed(0)
+    second = UNet(replace(config, labels=3)).state_dict()
+    assert not second.pop("labels.weight").any() and first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    net, labelled = network(config), network(replace(config, labels=3))
+    labelled.load_state_dict(net.state_dict(), strict=False)
+    assert labelled.labels.weight.any()
+    zeros = torch.zeros(3, 3, dtype=torch.float64)
+    for cond in ((past, SOME), past, None, net.encode((past, SOME))._replace(labels=None)):
+        assert torch.equal(labelled(x, C_NOISE, cond), net(x, C_NOISE, cond))
+    assert torch.equal(labelled(x, C_NOISE, (past, SOME, zeros)), net(x, C_NOISE, (past, SOME)))
+
+
+@BOTH
+def test_labels_are_heard_block_by_block(config):
+    net, x, past = network(replace(config, labels=3)), blocks(config), blocks(config, seed=2)
+    labels = torch.eye(3, dtype=torch.float64) * torch.tensor([1, 0, -2])
+    answer, plain = net(x, C_NOISE, (past, SOME, labels)), net(x, C_NOISE, (past, SOME))
+    assert ((answer - plain).abs().amax((1, 2, 3)) > 1e-3).tolist() == [True, False, True]
+    assert torch.equal(net(x, C_NOISE, net.encode((past, SOME), labels=labels)), answer)
+    assert torch.equal(net(x, C_NOISE, net.encode(None, 3, labels)), net(x, C_NOISE, (past, ~SOME & SOME, labels)))
+    nn.init.zeros_(net.labels.weight)
+    net(x, C_NOISE, (past, SOME, labels)).square().sum().backward()
+    assert (net.labels.weight.grad.any(0) == labels.any(0)).all()  # from nothing, it learns
+
+
+@pytest.mark.parametrize("labels, config", [((3, 2), OURS), ((3, 2), replace(OURS, labels=3)),
+                                            ((2, 3), replace(OURS, labels=3))])
+def test_other_labels_are_refused_in_one_line(labels, config):
+    net, x = network(config), blocks(config)
+    message = rf"takes labels \[B, {config.labels}\], not \[{labels[0]}, {labels[1]}\] for 3 blocks$"
+    for cond in ((x, SOME, torch.zeros(labels)), net.encode(x, labels=torch.zeros(labels))):
+        with pytest.raises(ValueError, match=message):
+            net(x, C_NOISE, cond)
+
+
 def test_the_same_seed_makes_the_same_network():
     first, again, other = (network(OURS, seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -209,6 +251,7 @@ def test_spectrogram_embedding_hears_all_of_it():
     ({"attention": ("", "x", "")}, "along 'x'"), ({"attention": ("", "tf", "")}, "along 'tf'"),
     ({"n_bins": 30}, "30 x 16 .* multiples of 4,"), ({"n_frames": 18}, "32 x 18"), ({"patch": 3}, "multiples of 12,"),
     ({"cond_channels": (8,) * 5}, "multiples of 32,"),
+    ({"labels": -1}, "labels must be a whole number from 0, not -1"), ({"labels": 1.0}, "labels must be"),
 ])
 def test_odd_configurations_are_refused_in_one_line(change, message):
     with pytest.raises(ValueError, match=message) as caught:

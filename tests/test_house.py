@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "unet": set(),
     "edm": set(),
     "model": {"files", "unet"},
-    "recipe": {"data", "edm", "files", "model", "unet"},
+    "recipe": {"audio", "data", "edm", "files", "model", "unet"},
     "train": {"data", "edm", "files", "model", "recipe", "terminal", "unet"},
     "sampler": {"edm"},
     "generate": {"audio", "edm", "files", "model", "phases", "sampler", "unet"},

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,8 @@ class _State:
 _RESUMABLE = ("images", "accumulate", "mixed_precision", "compile", "in_memory",
               "workers", "log_images", "eval_images", "checkpoint_images",
               "checkpoint_seconds", "snapshot_images")
+# what earlier runs did without
+_LATER = {"recolour": 0.0, "label_dropout": TrainConfig.label_dropout, "unet.labels": 0}
 
 
 def _as_json(value: Any) -> Any:
@@ -197,18 +199,26 @@ def _from_model(
 ) -> tuple[_Facts, dict[str, Tensor]]:
     """The facts and weights of the model that a run starts from.
 
-    Raises ValueError where its network or spectrogram is not the run's.
+    Labels that the model doesn't have start with weights of zero. Raises ValueError
+    where its network or spectrogram is not the run's.
     """
     net, model = load_model(init)
-    for key, mine in (("unet", config.network), ("spectrogram", info.cfg)):
-        if differences := _differences(_as_json(model[key]), _as_json(mine)):
+    theirs, weights, labels = net.config, net.state_dict(), config.network.labels
+    if labels and not theirs.labels:
+        theirs = replace(theirs, labels=labels)
+        weights["labels.weight"] = torch.zeros(theirs.emb_channels, labels)
+    pairs = (("unet", _as_json(theirs), config.network),
+             ("spectrogram", model["spectrogram"], info.cfg))
+    for key, other, mine in pairs:
+        if differences := _differences(other, _as_json(mine)):
+            advice = "choose the model's preset" + (
+                ", and set recolour: it has labels" if theirs.labels > labels else "")
             raise ValueError(f"{init} ({model['name']}) and this run ({config.preset}) "
-                             f"differ in {key}: {differences}; "
-                             "choose the model's preset")
+                             f"differ in {key}: {differences}; {advice}")
     ancestor = {"name": model["name"], **_licence(model), **noise_levels(model),
                 **model["training"]}
     facts = _Facts(mean=model["mean"], std=model["std"], ancestor=ancestor)
-    return facts, net.state_dict()
+    return facts, weights
 
 # %% ../nbs/10_train.ipynb #b8061f41
 def _join(config: TrainConfig) -> Accelerator:
@@ -278,7 +288,7 @@ def _resume(run: _Run) -> _State:
     if run.init is None:  # it need not be said again
         del identity["init"]
     try:
-        if differences := _differences(about["identity"], identity):
+        if differences := _differences(_LATER | about["identity"], identity):
             raise ValueError(f"{run.folder} was begun otherwise: {differences}; "
                              "use its settings, or another run folder")
         state = _State(run.config, run.device, _facts(about))

@@ -21,7 +21,7 @@ from pianodiff.train import load_checkpoint, train
 pytestmark = pytest.mark.long
 
 FIFTY = replace(CONFIG, images=400, batch_size=8, log_images=8, eval_images=80, eval_blocks=5,
-                checkpoint_images=400, snapshot_images=200)
+                checkpoint_images=400, snapshot_images=200, recolour=0.5)
 
 
 @pytest.fixture(scope="module")

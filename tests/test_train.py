@@ -37,7 +37,8 @@ CONFIG = TrainConfig(unet=NETWORK, images=96, batch_size=4, lr=3e-3, warmup_imag
                      mixed_precision="no")
 
 IDENTITY = {"preset", "batch_size", "lr", "betas", "weight_decay", "warmup_images", "decay_fraction", "ema_std",
-            "P_mean", "P_std", "cond_dropout", "cond_noise", "grad_clip", "seed", "eval_blocks", "source",
+            "P_mean", "P_std", "cond_dropout", "cond_noise", "recolour", "label_dropout", "grad_clip", "seed",
+            "eval_blocks", "source",
             "training blocks", "init"}
 
 
@@ -227,6 +228,30 @@ def test_a_run_goes_on_only_as_it_was_begun(store, whole):
         train(store, whole, CONFIG, init=whole / "model")
 
 
+def test_a_run_of_before_goes_on_without_labels(store, whole, tmp_path):
+    tensors, about = load_checkpoint(whole / "checkpoint.safetensors")
+    for name in ("recolour", "label_dropout", "unet.labels"):
+        del about["identity"][name]
+    save_checkpoint(tmp_path / "checkpoint.safetensors", tensors, about)
+    train(store, tmp_path, replace(CONFIG, images=100))
+    with pytest.raises(ValueError, match=r"recolour was 0.0, is 0.5, unet.labels was 0, is 15; use its settings"):
+        train(store, tmp_path, replace(CONFIG, recolour=0.5))
+
+
+def test_a_run_with_labels_is_resumed_bit_for_bit(store, tmp_path):
+    def stop(model, images):
+        raise InterruptedError
+
+    config = replace(CONFIG, recolour=0.5)
+    train(store, tmp_path / "whole", config)
+    with pytest.raises(InterruptedError):
+        train(store, tmp_path / "again", config, on_snapshot=stop)
+    train(store, tmp_path / "again", replace(config, workers=2))
+    assert_same_end(tmp_path / "again", tmp_path / "whole")
+    net, about = load_model(tmp_path / "whole/model")
+    assert about["unet"]["labels"] == 15 and net.labels.weight.any() and about["name"] == "custom"
+
+
 def test_a_finished_run_returns_and_can_be_prolonged(store, whole, tmp_path, capsys):
     (tmp_path / "checkpoint.safetensors").write_bytes((whole / "checkpoint.safetensors").read_bytes())
     train(store, tmp_path, CONFIG)
@@ -388,6 +413,20 @@ def test_fine_tuning_needs_the_same_network(store, whole, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_gets_labels(store, whole, tmp_path):
+    """Their weights start as nothing; a run without labels can't take them over."""
+    still = replace(CONFIG, images=4, lr=1e-9, snapshot_images=4, recolour=1.0)
+    model = train(store, tmp_path / "run", still, init=whole / "model")
+    weights, old = load_model(model)[0].state_dict(), load_model(whole / "model")[0].state_dict()
+    assert weights.pop("labels.weight").shape == (16, 15)
+    torch.testing.assert_close(weights, old, rtol=0, atol=1e-6)
+    train(store, tmp_path / "more", still, init=model)
+    with pytest.raises(ValueError, match="differ in unet: labels was 15, is 0; .* and set recolour: it has labels$"):
+        train(store, tmp_path / "less", CONFIG, init=model)
+    with pytest.raises(ValueError, match="differ in unet: patch was 4, is 2; choose the model's preset$"):
+        train(store, tmp_path / "other", replace(still, unet=replace(NETWORK, patch=2)), init=whole / "model")
+
+
 def test_a_loss_that_is_no_number_stops_the_run(store, tmp_path):
     config = replace(CONFIG, lr=1e30, warmup_images=0, checkpoint_images=4)
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) .* at step 1 \(after 4 blocks\): lower lr"):
@@ -520,7 +559,7 @@ sys.stdout.write(f"one of {{PartialState().num_processes}}\\n")    # in one go
 @pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (1, 4), (4, 1), (2, 2)])
 def test_parts_of_a_step_make_up_the_whole(store, world, accumulate):
     data = BlockDataset(store, "train", random_offset=True)
-    config, facts = replace(CONFIG, accumulate=accumulate), SimpleNamespace(step=5)
+    config, facts = replace(CONFIG, accumulate=accumulate, recolour=0.5), SimpleNamespace(step=5)
     found = []
     for rank in range(world):
         batch = draw_batch(data, len(data), config, facts.step, rank, world)
@@ -528,9 +567,9 @@ def test_parts_of_a_step_make_up_the_whole(store, world, accumulate):
                               state=SimpleNamespace(facts=facts))
         found += _parts(run, batch)
     assert len(found) == world * accumulate
-    whole = draw_batch(data, len(data), CONFIG, facts.step)
+    whole = draw_batch(data, len(data), config, facts.step)
     torch.manual_seed(seed_of(5, CONFIG.seed, facts.step, 0))
-    whole |= draw_noise(CONFIG)
+    whole |= draw_noise(config)
     assert all(part.keys() == whole.keys() for part in found)
     for key, value in whole.items():
         assert torch.equal(torch.cat([part[key] for part in found]), value)

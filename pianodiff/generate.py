@@ -133,18 +133,23 @@ class Progress(NamedTuple):
 Callback = Callable[[Progress], Any]
 
 
-def condition(piano: "Piano", prev: Tensor | None, count: int,
-              how: Sampling) -> tuple[Denoise, Past]:
+def condition(piano: "Piano", prev: Tensor | None, count: int, how: Sampling,
+              unknown: bool = False) -> tuple[Denoise, Past]:
     """The denoiser of `count` blocks, and the condition that it takes: the encoded
     predecessors.
 
-    `prev` `[count, 1, F, W]` is standardised; None stands for the null condition.
+    `prev` `[count, 1, F, W]` is standardised; None stands for the null condition. A
+    network with labels is told that nothing was changed, or that it is `unknown`.
     """
+    labels = torch.zeros(count, piano.net.config.labels, device=piano.device)
+    labels[:, -1:] = unknown
     if prev is None or how.guidance == 1:
-        return piano.denoiser, piano.net.encode(prev, count)
+        return piano.denoiser, piano.net.encode(prev, count, labels)
     null_and_prev = torch.cat([torch.zeros_like(prev), prev])
-    pair = piano.net.encode((null_and_prev, torch.arange(2 * count) >= count))
-    return guided(piano.denoiser, pair, how), Past(*(part[count:] for part in pair))
+    has_prev = torch.arange(2 * count) >= count
+    pair = piano.net.encode((null_and_prev, has_prev, labels.repeat(2, 1)))
+    past = Past(*(part[count:] for part in pair if part is not None))
+    return guided(piano.denoiser, pair, how), past
 
 
 @torch.inference_mode()
@@ -154,16 +159,17 @@ def blocks(piano: "Piano", seeds: Sequence[int], how: Sampling,
     """Blocks `[N, n_bins, n_frames]` in [0, 1] of N seeds' pieces, each made from noise
     and the blocks before it.
 
-    `prev`, of the same shape, is what comes before the first. Without `num_blocks` they
-    never end.
+    `prev`, of the same shape, is what comes before the first; a network with labels
+    isn't told how such music was recorded. Without `num_blocks` they never end.
     """
+    prompted = prev is not None
     mean, scale = piano.config["mean"], piano.config["std"] / piano.denoiser.sigma_data
     shape = len(seeds), 1, piano.cfg.n_bins, piano.cfg.n_frames
     for k in itertools.count() if num_blocks is None else range(num_blocks):
         noise = draws(seeds, k)
         latents = noise(torch.empty(shape, device=piano.device))
         standard = None if prev is None else (prev[:, None] - mean) / scale
-        denoise, past = condition(piano, standard, len(seeds), how)
+        denoise, past = condition(piano, standard, len(seeds), how, prompted)
         extra = {"randn_like": noise} if how.sampler in _STOCHASTIC else {}
         begun = Progress(k, num_blocks, 0, how.num_steps)
         report = functools.partial(_report, callback, begun)

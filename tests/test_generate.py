@@ -133,6 +133,21 @@ def test_each_block_follows_its_predecessor(piano, monkeypatch):
     torch.testing.assert_close(seen[2].columns, torch.full((1, 1, 32, 8), 0.25))
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_labels_say_that_nothing_was_changed_and_of_a_prompt_that_it_is_unknown(prompt, monkeypatch, guidance):
+    piano, seen = tiny_piano(shape=replace(SHAPE, labels=3)), []
+    plain = piano.denoiser.forward
+    monkeypatch.setattr(piano.denoiser, "forward", lambda x, s, past: seen.append(past.labels) or plain(x, s, past))
+    how = {"seed": 1, "guidance": guidance, "guidance_interval": (0, math.inf), "num_steps": 1, "sampler": "euler"}
+    new = piano.spectrogram(2 * CFG.block_seconds, **how)
+    told = piano.spectrogram(2 * CFG.block_seconds, prompt=prompt, **how)
+    both = 1 + (guidance != 1)  # without predecessor and with
+    assert [labels.tolist() for labels in seen] == [[[0, 0, 0]], both * [[0, 0, 0]], *2 * [both * [[0, 0, 1]]]]
+    torch.nn.init.zeros_(piano.net.labels.weight)
+    assert torch.equal(piano.spectrogram(2 * CFG.block_seconds, **how), new)
+    assert not torch.allclose(piano.spectrogram(2 * CFG.block_seconds, prompt=prompt, **how), told, atol=1e-3)
+
+
 def test_what_is_out_of_range_is_clipped_before_it_conditions(piano, monkeypatch):
     seen = []
     monkeypatch.setattr(piano.denoiser, "forward", lambda x, sigma, cond: seen.append(cond) or torch.full_like(x, 9.0))

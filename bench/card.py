@@ -23,6 +23,8 @@ CONTROLS = {"real": "other real music", "retrieved": "the same music, through sp
 STATISTICS = {"notes_per_second": ("notes a second", 1), "polyphony": ("notes that sound at once", 1),
               "register": ("register, median MIDI pitch", 0), "key_clarity": ("clarity of the key", 2),
               "level": ("level, dBFS", 1), "flatness": ("spectral flatness, dB", 1)}
+NOTES = {"left_over": ("share of a piece that is not made of a piano's notes", 3),
+         "notes": ("notes that explain the rest of a frame", 1)}
 GPU_WATTS = 700    # an H100's or H200's limit, by their datasheets
 WATTS = (5, 15)    # a busy core of a server, its share of memory, supplies and cooling included: an assumption
 
@@ -103,6 +105,7 @@ def music(reports: dict[str, dict[str, Any]]) -> str:
     rows = ["| " + " | ".join([label, *(f"{own['statistics'][key][whose]['median']:.{digits}f}"
                                         for own, whose in columns)]) + " |"
             for key, (label, digits) in STATISTICS.items()]
+    rows += beside_notes(reports)
     flux = [own["joins"]["model"]["flux"]["auc"] for own in reports.values()]
     real = report["joins"]["real neighbours"]["flux"]["auc"]
     rows += ["| probability that a join shows more flux than a block's middle | "
@@ -112,6 +115,16 @@ def music(reports: dict[str, dict[str, Any]]) -> str:
     return ("Medians over blocks, then joins and copies. The white noise has the levels of real blocks. Where it comes "
             "near\nmusic, a median says little.\n\n"
             + table(f"| | {' | '.join(reports)} | real music | white noise |", rows))
+
+
+def beside_notes(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """Rows of that table about what is not made of notes; none if a report is older than this ruler."""
+    tables = [own["not_notes"] for own in reports.values() if "not_notes" in own]
+    if len(tables) < len(reports):
+        return []
+    columns = [*(found["model"] for found in tables), tables[0]["real"], tables[0]["noise"]]
+    return ["| " + " | ".join([label, *(f"{row[key]:.{digits}f}" for row in columns)]) + " |"
+            for key, (label, digits) in NOTES.items()]
 
 
 def copies(report: dict[str, Any]) -> float:

@@ -5,7 +5,8 @@
 Each setting makes the same pieces, from the same seeds. They are set against real music of other titles as
 `pianodiff evaluate` does it: by the distances of its report (Fréchet, of shrunk moments since the clips are few, and
 kernel), by the statistics' mean distance in standard deviations, and by how surely the joins can be told. Where the
-reference is MIDI, the ruler of notes.py tells how much of the sound is not made of notes, and of how many the rest is.
+reference is MIDI, the ruler of chapter 15 tells how much of the sound is not made of notes, and of how many the rest
+is.
 Controls are other real music, the same through phase retrieval, and white noise at its level.
 
 First sigma_max, the noise that sampling starts from. A block's loudness is an average over all its pixels, which
@@ -44,7 +45,6 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from notes import dictionary, explained
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,7 +55,7 @@ from pianodiff.files import plain, write_whole
 from pianodiff.generate import Piano, Sampling
 from pianodiff.joins import seams
 from pianodiff.model import find_model
-from pianodiff.music import compare_statistics, measure
+from pianodiff.music import NoteSpectra, compare_statistics, measure, not_notes, note_spectra
 from pianodiff.pieces import Pieces, make_pieces, noise_like, read_pieces, retrieved
 
 SIGMA_MAX = 80.0, 150.0, 250.0, 400.0, 600.0
@@ -205,7 +205,7 @@ class Bench:
         self.folder, self.cache, self.pieces, self.seconds, self.seed = folder, cache, pieces, seconds, seed
         self.cfg = Piano.from_pretrained(folder).cfg
         self.length = int(seconds * self.cfg.sample_rate) // self.cfg.block_samples
-        self.spectra: Tensor | None = None
+        self.piano: NoteSpectra | None = None
 
     def read(self, reference: Path, splits: tuple[str, ...], blocks: int, most: int, soundfont: Path | None) -> None:
         real = read_pieces(reference, self.cfg, splits=splits, blocks=blocks, most=most, normalize=True,
@@ -214,7 +214,7 @@ class Bench:
         clips = self.known.clips
         self.target, self.typical, self.level = self.points(clips), measure(clips, self.cfg), level_of(clips)
         self.loudness = {"level": self.level, "spread": spread_of(levels_of(clips))}
-        self.spectra = dictionary(soundfont) if soundfont else None
+        self.piano = note_spectra(soundfont) if soundfont else None
 
     def points(self, clips: Tensor) -> Tensor:
         return embed(LogMel(), clips, self.cfg.sample_rate, cache=self.cache / "logmel")
@@ -237,8 +237,8 @@ class Bench:
 
     def notes_of(self, waves: list[Tensor]) -> Tensor:
         """Both figures of each wave `[P, 2]`; a third of the frames tell."""
-        assert self.spectra is not None
-        return torch.tensor([explained(wave, self.spectra, every=3) for wave in waves])
+        assert self.piano is not None
+        return torch.tensor([not_notes(wave, self.piano, every=3) for wave in waves])
 
     def quality(self, clips: Tensor) -> dict[str, Any]:
         """What needs no pieces: level, distances, statistics."""
@@ -259,14 +259,14 @@ class Bench:
                **distance_ratios(self.by_piece(made.clips), baseline[0], self.target, self.seed),
                "rms_db": from_solution(made, self.solution(sigma_max)),
                "joins": {name: found["auc"] for name, found in seams(made, self.seed).items()}}
-        if self.spectra is not None:
+        if self.piano is not None:
             row |= note_ratios(self.notes_of([piece.wave for piece in made]), baseline[1], self.seed)
         return row
 
     def baseline(self, sigma_max: float) -> tuple[Tensor, Tensor]:
         """The baseline's points and notes, with which every setting is compared."""
         made = self.make(*BASELINE, sigma_max=sigma_max)
-        notes = torch.empty(0) if self.spectra is None else self.notes_of([piece.wave for piece in made])
+        notes = torch.empty(0) if self.piano is None else self.notes_of([piece.wave for piece in made])
         return self.by_piece(made.clips), notes
 
     def starts(self, pieces: int) -> list[dict[str, Any]]:
@@ -287,7 +287,7 @@ class Bench:
                  "noise": (noise, [*noise[:32]])}
         rows = {name: self.quality(clips) for name, (clips, _) in found.items()}
         for name, (_, waves) in found.items():
-            if self.spectra is not None:
+            if self.piano is not None:
                 left, notes = self.notes_of(waves).nanmedian(0).values.tolist()
                 rows[name] |= {"left_over": left, "notes": notes}
         return rows

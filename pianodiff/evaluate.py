@@ -34,7 +34,7 @@ from .files import plain, write_whole
 from .generate import Piano, Sampling
 from .joins import JOIN_MEASURES, joins_section
 from .model import model_in, trainings
-from .music import STATISTICS, drift_section, music_section
+from .music import STATISTICS, drift_section, music_section, notes_section
 from .novelty import novelty_section
 from .pieces import Comparison, Pieces, Section, by_decades, in_style, make_pieces, new_axes, read_pieces
 from .recordings import find_recordings, of_splits
@@ -248,6 +248,7 @@ def _sections(comparison: Comparison, embeddings: Sequence[Any],
     """All measures, in the order of the page."""
     sections = [distance_section(comparison, embeddings, cache),
                 music_section(comparison),
+                notes_section(comparison),
                 joins_section(comparison),
                 drift_section(comparison)]
     if training is not None:

@@ -3,15 +3,21 @@
 # %% auto #0
 __all__ = ['STATISTICS', 'SILENT', 'KEY_PROFILES', 'note_templates', 'note_salience', 'sounding_notes', 'find_onsets', 'by_class',
            'measure', 'pitch_profile', 'statistic_distance', 'compare_statistics', 'plot_statistics', 'concatenated',
-           'music_section', 'drift', 'Trend', 'trend', 'course', 'plot_drift', 'drift_section']
+           'music_section', 'NoteSpectra', 'note_spectra', 'known_pianos', 'NotNotes', 'explain', 'not_notes',
+           'notes_section', 'plot_not_notes', 'drift', 'Trend', 'trend', 'course', 'plot_drift', 'drift_section']
 
 # %% ../nbs/15_music.ipynb #2014424b
 import math
+import os
+import struct
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
+from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import soxr
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -20,8 +26,10 @@ from scipy.special import stdtrit  # type: ignore[import-untyped]
 from torch import Tensor
 
 from .audio import SpectrogramConfig, to_magnitude, to_spectrogram
-from .files import in_order
-from .pieces import Comparison, Pieces, Section, in_style, new_axes
+from .distance import interval
+from .files import in_order, load_tensors
+from .pieces import Comparison, Pieces, Row, Section, in_style, new_axes
+from .recordings import render_midi
 
 # %% ../nbs/15_music.ipynb #48be4259
 @cache
@@ -316,6 +324,211 @@ def music_section(comparison: Comparison) -> Section:
     statistics = compare_statistics(values, typical)
     return Section({"statistics": statistics, "pitch_classes": profiles},
                    {"statistics": plot_statistics(values, typical)})
+
+# %% ../nbs/15_music.ipynb #nts00002
+class NoteSpectra(NamedTuple):
+    """How the single notes of a piano sound.
+
+    `spectra` `[257, 704]` are magnitudes in windows of 512 samples at 8 kHz: of two
+    velocities, in each of 88 keys, of each at four ages. The sum of each is 1, or 0
+    where nothing sounds below 4 kHz.
+    """
+
+    name: str
+    spectra: Tensor
+
+
+_RATE, _KEYS, _VELOCITIES = 8000, 88, (50, 95)
+_AGES = (0, 4), (6, 16), (30, 60), (110, 145)  # frames of 16 ms, from the blow
+_HELD, _APART = 2.4, 3.0  # seconds: how long a key is held, and until the next one
+
+
+def _magnitude(wave: Tensor) -> Tensor:
+    """Magnitudes `[257, frames]` of a wave `[T]` at 8 kHz, every 128 samples."""
+    return torch.stft(wave, 512, 128, window=torch.hann_window(512),
+                      pad_mode="constant", return_complex=True).abs()
+
+
+def _spectra_of(scales: Iterable[Tensor]) -> Tensor:
+    """`NoteSpectra.spectra` of waves `[T]`, at each velocity all keys in turn."""
+    columns: list[Tensor] = []
+    for scale in scales:
+        for key in range(_KEYS):
+            begin = round(key * _APART * _RATE)
+            frames = _magnitude(scale[begin : begin + round(2.9 * _RATE)])
+            columns += [frames[:, start:end].mean(1) for start, end in _AGES]
+    spectra = torch.stack(columns, 1)
+    total = spectra.sum(0)
+    return (spectra / total.clamp(min=1e-9) + 1e-7) * (total > 1e-9)
+
+# %% ../nbs/15_music.ipynb #nts00004
+def _all_keys(velocity: int) -> bytes:
+    """A MIDI file in which the 88 keys are struck in turn."""
+    track = b""
+    for key in range(21, 109):
+        rest = _APART - _HELD  # after which the key is only released once more
+        for seconds, status, force in ((0, 0x90, velocity), (_HELD, 0x80, 0),
+                                       (rest, 0x80, 0)):
+            ticks = round(1000 * seconds)
+            track += bytes([ticks >> 7 | 0x80, ticks & 0x7F, status, key, force])
+    track += b"\x00\xff\x2f\x00"
+    header = struct.pack(">4sIHHH", b"MThd", 6, 0, 1, 500)  # 500 ticks in half a second
+    return header + struct.pack(">4sI", b"MTrk", len(track)) + track
+
+
+def note_spectra(soundfont: str | os.PathLike) -> NoteSpectra:
+    """The spectra of the piano of a soundfont, named like its file.
+
+    Raises FileNotFoundError and ValueError as `render_midi` does.
+    """
+    scales = (render_midi(_all_keys(velocity), soundfont, _RATE)
+              for velocity in _VELOCITIES)
+    return NoteSpectra(Path(soundfont).stem, _spectra_of(scales))
+
+
+_STORED = 1024.0  # times as large, for which float16 has four digits
+
+
+@cache
+def known_pianos() -> tuple[NoteSpectra, ...]:
+    """The spectra that come with the package; `bench/notes.py` made them.
+
+    Raises OSError where their file is missing or damaged.
+    """
+    path = Path(str(resources.files("pianodiff"))) / "notes.safetensors"
+    stored = load_tensors(path)
+    if stored is None:
+        raise OSError(f"{path} is missing or damaged; install pianodiff again")
+    return tuple(NoteSpectra(name, stored[name].float() / _STORED)
+                 for name in sorted(stored))
+
+# %% ../nbs/15_music.ipynb #nts00006
+class NotNotes(NamedTuple):
+    """What a piano's notes leave over of a sound, and of how many notes the rest is.
+
+    Medians over frames; NaN for silence.
+    """
+
+    left_over: float  # a share: Eq. (left-over) of chapter 15
+    notes: float  # Eq. (notes) of chapter 15
+
+
+def _audible(wave: Tensor, sample_rate: int) -> Tensor:
+    """Magnitudes `[257, frames]` of the frames that sound, with a floor.
+
+    These are within 50 dB of the loudest. Beside the floor, the mean of their sums is 1.
+    """
+    wave = wave.detach().cpu()
+    if wave.ndim != 1 or not wave.is_floating_point() or not wave.isfinite().all():
+        raise ValueError("a finite floating-point wave [T] is needed, not one of "
+                         f"{wave.dtype} and shape {list(wave.shape)}")
+    if sample_rate < 1 or len(wave) * _RATE < 512 * sample_rate:
+        raise ValueError(f"{len(wave)} samples at {sample_rate} Hz are too few to hear "
+                         "notes in; give at least 64 ms")
+    wave = wave.float()
+    if sample_rate != _RATE:
+        wave = torch.from_numpy(soxr.resample(wave.numpy(), sample_rate, _RATE))
+    frames = _magnitude(wave)
+    floor, total = frames.max() * 10 ** (-70 / 20), frames.sum(0)
+    frames = frames[:, total > 3e-3 * total.max()]
+    return (frames + floor) / frames.sum(0).mean()
+
+# %% ../nbs/15_music.ipynb #nts00007
+def explain(frames: Tensor, piano: NoteSpectra, *, n_iter: int = 60) -> Tensor:
+    """Amounts `[704, frames]` of a piano's notes in magnitudes `[257, frames]`.
+
+    After `n_iter` updates of Eq. (salience) of chapter 15, from equal amounts on.
+    """
+    w = piano.spectra
+    turned = (w / w.sum(0).clamp(min=1e-9)).T
+    h = (frames.sum(0) / w.shape[1]).expand(w.shape[1], -1)
+    for _ in range(n_iter):
+        h = h * (turned @ (frames / (w @ h + 1e-9)))
+    return h
+
+
+def _by_frame(frames: Tensor, piano: NoteSpectra) -> tuple[Tensor, Tensor]:
+    """What is left over, and the number of notes: `[frames]` each."""
+    h = explain(frames, piano)
+    p, total = piano.spectra @ h, frames.sum(0)
+    left = (frames * (frames / p).log() - frames + p).sum(0) / total
+    q = h.unflatten(0, (len(_VELOCITIES), _KEYS, len(_AGES))).sum((0, 2)) / total
+    return left, torch.special.entr(q).sum(0).exp()
+
+
+def not_notes(wave: Tensor, piano: NoteSpectra, sample_rate: int = 8000, *,
+              every: int = 1) -> NotNotes:
+    """How much of a wave `[T]` is not made of the piano's notes, and the notes.
+
+    Of each `every`-th frame that sounds. The level makes no difference. Other rates are
+    resampled to 8 kHz. Raises ValueError for another shape, NaN, and less than 64 ms.
+    """
+    frames = _audible(wave, sample_rate)[:, ::every]
+    if not frames.numel():
+        return NotNotes(math.nan, math.nan)
+    return NotNotes(*(float(x.quantile(0.5)) for x in _by_frame(frames, piano)))
+
+# %% ../nbs/15_music.ipynb #nts00018
+_EVERY = 23  # frames, or 0.37 s
+
+
+def _by_piece(row: Row) -> list[Tensor]:
+    """The waves of a row's pieces; of its clips, where there are fewer than four."""
+    numbers = row.pieces.unique()
+    if len(numbers) < 4:
+        return list(row.clips)
+    return [row.clips[row.pieces == number].flatten() for number in numbers]
+
+
+def _by_each(wave: Tensor, sample_rate: int) -> list[NotNotes]:
+    """What each piano leaves over of a wave, and its notes."""
+    return [not_notes(wave, piano, sample_rate, every=_EVERY)
+            for piano in known_pianos()]
+
+
+def _row_of_notes(found: Tensor, seed: int) -> dict[str, Any]:
+    """A row of the table, from the figures `[pieces, pianos, 2]`; silent ones are NaN.
+    """
+    found = found[~found.isnan().any(-1).any(-1)]
+    best = found[..., 0].argmin(1)
+    row: dict[str, Any] = {"pieces": len(found)}
+    for i, name in enumerate(NotNotes._fields):
+        values = found[torch.arange(len(found)), best, i]
+        row[name] = float(values.nanquantile(0.5)) if len(values) else math.nan
+        row[f"{name}_interval"] = (math.nan, math.nan)
+        if len(values) >= 4:
+            row[f"{name}_interval"] = interval(lambda x: float(x.quantile(0.5)), values,
+                                               seed=seed)
+    counts = best.bincount(minlength=len(known_pianos())) / max(len(best), 1)
+    row["pianos"] = {piano.name: float(share) for piano, share
+                     in zip(known_pianos(), counts, strict=True)}
+    return row
+
+
+def notes_section(comparison: Comparison) -> Section:
+    """What notes leave over of the pieces of four rows, with their best piano each."""
+    rate, table = comparison.others.cfg.sample_rate, {}
+    for name in ("real", "retrieved", "model", "noise"):
+        waves = _by_piece(comparison.rows[name])
+        found = list(in_order(partial(_by_each, sample_rate=rate), waves))
+        table[name] = _row_of_notes(torch.tensor(found), comparison.seed)
+    return Section({"not_notes": table}, {"not_notes": plot_not_notes(table)})
+
+
+@in_style
+def plot_not_notes(table: dict[str, dict[str, Any]]) -> Figure:
+    """What is left over of each row, and its notes, with both intervals."""
+    figure, axes = new_axes(height=2.2)
+    ax = axes[0, 0]
+    for i, (name, row) in enumerate(table.items()):
+        left, notes = (np.array([row[key], *row[f"{key}_interval"]], dtype=float)
+                       for key in NotNotes._fields)
+        ax.plot(left[:1], notes[:1], f"oC{i}", label=name)
+        ax.plot(left[1:], notes[[0, 0]], f"C{i}")
+        ax.plot(left[[0, 0]], notes[1:], f"C{i}")
+    ax.set(xlabel="left over (share)", ylabel="notes")
+    ax.legend()
+    return figure
 
 # %% ../nbs/15_music.ipynb #da159f56
 def drift(waves: Tensor, cfg: SpectrogramConfig) -> dict[str, Tensor]:

@@ -327,6 +327,21 @@ def test_what_is_told_of_the_model_is_what_was_measured(bench):
     assert all(made != before[path] for path, made in card.parts(models).items())
 
 
+def test_the_table_tells_what_is_not_made_of_notes_once_all_reports_do(bench):
+    card = bench["card"]
+    reports = {model: report for model, (_, report) in card.models().items()}
+    for own in reports.values():
+        own.pop("not_notes", None)
+    before = card.music(reports)
+    for i, own in enumerate(reports.values()):
+        assert card.music(reports) == before
+        own["not_notes"] = {row: {"left_over": left + i / 100, "notes": notes}
+                            for row, left, notes in (("real", 0.04, 6), ("model", 0.07, 15), ("noise", 0.24, 18))}
+    added = [line for line in card.music(reports).splitlines() if line not in before]
+    assert [line.split(" | ")[1:] for line in added] == [["0.070", "0.080", "0.040", "0.240 |"],
+                                                         ["15.0", "15.0", "6.0", "18.0 |"]]
+
+
 def test_a_model_has_seen_what_its_ancestors_saw(bench):
     first = {"images": 1, "seconds": 0}
     training = {"images": 5, "seconds": 1800, "ancestor": {"images": 7, "seconds": 5400, "ancestor": first}}

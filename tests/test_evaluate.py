@@ -73,10 +73,11 @@ def test_the_report_is_whole_and_the_same_twice(music, tmp_path, capsys):
         assert {row: found[0] for row, found in split.items()} == pytest.approx(
             {row: as_json[0]["distances"][name][row]["frechet"] for row in split}, rel=1e-4)
     page = (tmp_path / "a.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and "<audio" in page and page.count("data:image/png") == 5
+    assert not re.search(r'(src|href)="(?!data:)', page) and "<audio" in page and page.count("data:image/png") == 6
     assert "Over 20 random splits by title, other real music lies" in page
     for row in ("real", "retrieved", "model: made", "shifted", "shuffled", "noise"):
         assert f"<td>{row}</td>" in page
+    assert "<h2>What is not made of notes</h2>" in page and as_json[0]["not_notes"]["model"]["pieces"] == 4
     assert "residue" in as_json[0]["joins"]["strangers"] and "residue" not in as_json[0]["joins"]["model"]
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["a.html", "a.json", "b.html", "b.json"]

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "generate": {"audio", "edm", "files", "model", "phases", "sampler", "unet"},
     "pieces": {"audio", "files", "generate", "model", "phases", "recordings", "terminal"},
     "distance": {"audio", "files", "pieces"},
-    "music": {"audio", "files", "pieces"},
+    "music": {"audio", "distance", "files", "pieces", "recordings"},
     "joins": {"audio", "files", "music", "phases", "pieces"},
     "novelty": {"audio", "data", "distance", "files", "phases", "pieces"},
     "evaluate": {"audio", "data", "distance", "files", "generate", "joins", "model", "music", "novelty", "pieces",

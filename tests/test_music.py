@@ -2,30 +2,43 @@
 
 import math
 
+import librosa
+import numpy as np
 import pytest
+import soxr
 import torch
 from conftest import BLOCK, CFG, seed
 from scipy.stats import t as student
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
+from pianodiff import music as pianodiff_music
 from pianodiff.audio import SPECTROGRAMS, to_spectrogram
 from pianodiff.music import (
     STATISTICS,
+    NoteSpectra,
+    NotNotes,
     course,
     drift,
+    explain,
     find_onsets,
+    known_pianos,
     measure,
+    not_notes,
     note_salience,
+    note_spectra,
     note_templates,
+    notes_section,
     pitch_profile,
+    plot_not_notes,
     sounding_notes,
     statistic_distance,
     trend,
 )
 from pianodiff.phases import to_wave
-from pianodiff.pieces import Pieces, read_pieces
-from pianodiff.synth import example_performance
+from pianodiff.pieces import Comparison, Pieces, read_pieces
+from pianodiff.recordings import render_midi
+from pianodiff.synth import _tone, example_performance
 
 
 def tone(pitch: float, seconds: float = 0.5, decay: float = 4.0) -> Tensor:
@@ -202,6 +215,151 @@ def test_white_noise_is_the_worst(pieces):
     assert abs(mean["trip"] - mean["other"]) < 0.25
 
 
+# what is not made of notes
+
+
+@pytest.fixture(scope="module")
+def piano() -> NoteSpectra:
+    """That of `example_performance`."""
+    scales = torch.zeros(2, 88 * 24_000)
+    for scale, force in zip(scales, (0.4, 0.7), strict=True):
+        for key in range(88):
+            struck = _tone(21 + key, force, 2.4)[:24_000]
+            scale[24_000 * key : 24_000 * key + len(struck)] = struck
+    return NoteSpectra("synth", pianodiff_music._spectra_of(scales))
+
+
+def frames_of(wave: np.ndarray) -> np.ndarray:
+    return np.abs(librosa.stft(wave, n_fft=512, hop_length=128))
+
+
+def by_formula(wave: Tensor, spectra: Tensor, every: int = 1) -> NotNotes:
+    """As it was first written, with NumPy and librosa."""
+    W, V = spectra.numpy(), frames_of(wave.numpy())
+    V = V[:, V.sum(0) > 3e-3 * V.sum(0).max()]
+    V = V / V.sum(0).mean()
+    V = (V + V.max() * 10 ** (-70 / 20))[:, ::every]
+    H = np.full((704, V.shape[1]), 1 / 704, "f") * V.sum(0)
+    for _ in range(60):
+        H *= (W.T @ (V / (W @ H + 1e-9))) / np.maximum(W.sum(0), 1e-9)[:, None]
+    P = W @ H
+    left = (V * np.log(V / P) - V + P).sum(0) / V.sum(0)
+    share = H.reshape(2, 88, 4, -1).sum((0, 2)) / V.sum(0)
+    return NotNotes(float(np.median(left)), float(np.median(np.exp(-(share * np.log(share + 1e-9)).sum(0)))))
+
+
+def test_the_ruler_of_notes_is_its_formula(piano):
+    played = example_performance(2, 1)
+    noisy = played + 0.01 * torch.randn(len(played), generator=seed())
+    one, other = known_pianos()
+    for sound, each, every in ((played[:6000], piano, 1), (played, one, 5), (noisy, other, 3)):
+        expected = by_formula(sound, each.spectra, every)
+        assert tuple(not_notes(sound, each, every=every)) == pytest.approx(tuple(expected), rel=1e-3)
+
+
+def test_notes_are_told_from_noise_and_counted(piano):
+    lone = not_notes(_tone(50, 0.5, 1.0), piano)
+    chord = torch.stack([_tone(pitch, 0.5, 1.0)[:8000] for pitch in (41, 48, 57)]).sum(0)
+    three, hiss = not_notes(chord, piano), torch.randn(8000, generator=seed())
+    between, noise = not_notes(chord + 0.1 * chord.std() * hiss, piano), not_notes(hiss, piano)
+    assert lone.left_over < 0.01 and lone.notes == pytest.approx(1.2, abs=0.2)
+    assert three.left_over < 0.06 and three.notes == pytest.approx(3, abs=0.8)
+    assert 1.5 * three.left_over < between.left_over < noise.left_over / 1.5
+    assert three.notes < between.notes < noise.notes / 1.5
+
+
+def test_both_pianos_explain_their_own_notes_and_no_noise():
+    pianos = known_pianos()
+    assert [each.name for each in pianos] == ["fluidr3-piano", "salamander"]
+    hiss = torch.randn(4000, generator=seed())
+    for own, other in (pianos, pianos[::-1]):
+        assert own.spectra.shape == (257, 704) and own.spectra.dtype == torch.float32
+        torch.testing.assert_close(own.spectra.sum(0), torch.ones(704), atol=1e-3, rtol=0)
+        notes = own.spectra.reshape(257, 2, 88, 4)[:, :, 12:60, 1].flatten(1)
+        left, count = pianodiff_music._by_frame(notes, own)
+        assert left.median() < 0.01 and count.median() < 2
+        key = explain(notes, own).reshape(2, 88, 4, -1).sum((0, 2)).argmax(0)
+        assert (key == torch.arange(12, 60).repeat(2)).float().mean() > 0.9
+        assert pianodiff_music._by_frame(notes, other)[0].median() > 5 * left.median()
+        assert not_notes(hiss, own).left_over > 0.2
+
+
+@pytest.mark.parametrize("gain", [1e-6, 0.01, 300.0])
+def test_the_level_makes_no_difference_to_the_ruler_of_notes(piano, gain):
+    wave = example_performance(2, 1)
+    assert tuple(not_notes(gain * wave, piano)) == pytest.approx(tuple(not_notes(wave, piano)), rel=1e-3)
+    wave[8000:] = 0  # nor does silence beside it
+    assert not_notes(wave, piano).left_over < 0.05
+
+
+def test_silence_is_no_notes(piano):
+    assert all(math.isnan(x) for x in not_notes(torch.zeros(8000), piano))
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 44_100])
+def test_other_rates_are_resampled_for_the_ruler_of_notes(piano, rate):
+    wave = example_performance(2, 2)
+    other = torch.from_numpy(soxr.resample(wave.double().numpy(), 8000, rate))
+    found, expected = not_notes(other, piano, rate), not_notes(wave, piano)
+    assert found.left_over == pytest.approx(expected.left_over, abs=0.002)
+    assert found.notes == pytest.approx(expected.notes, abs=0.2)
+
+
+def test_a_piece_is_measured_by_the_piano_that_leaves_least():
+    found = torch.tensor([[[0.1, 3.0], [0.2, 5.0]], [[0.3, 4.0], [0.05, 6.0]], [[math.nan] * 2] * 2,
+                          [[0.2, 9.0], [0.3, 1.0]], [[0.4, 2.0], [0.5, 2.0]]])
+    row = pianodiff_music._row_of_notes(found, 0)
+    assert row["pieces"] == 4 and row["pianos"] == {"fluidr3-piano": 0.75, "salamander": 0.25}
+    assert row["left_over"] == pytest.approx(0.15) and row["notes"] == pytest.approx(4.5)
+    low, high = row["left_over_interval"]
+    assert low < 0.15 < high
+    few = pianodiff_music._row_of_notes(found[:2], 0)
+    assert few["notes"] == pytest.approx(4.5) and all(map(math.isnan, few["notes_interval"]))
+    none = pianodiff_music._row_of_notes(found[2:3], 0)
+    assert none["pieces"] == 0 and math.isnan(none["left_over"]) and set(none["pianos"].values()) == {0}
+
+
+def test_the_section_of_notes_has_all_rows_and_passes_over_silence(music):
+    made, real = (read_pieces(music / folder, CFG) for folder in ("made", "real"))
+    silent = made[0]._replace(wave=torch.zeros_like(made[0].wave))
+    made = Pieces([silent, *made[1:]], CFG)
+    section = notes_section(Comparison.of(made, real))
+    table = section.results["not_notes"]
+    assert list(table) == ["real", "retrieved", "model", "noise"] and list(section.figures) == ["not_notes"]
+    assert table["model"]["pieces"] == 3 and table["noise"]["left_over"] > table["real"]["left_over"]
+    assert all(sum(row["pianos"].values()) == pytest.approx(1) for row in table.values())
+    as_json = {"model": {**table["model"], "left_over": None, "notes_interval": [None, None]}}
+    assert len(plot_not_notes(as_json).axes) == 1
+
+
+def test_spectra_that_are_damaged_are_told(monkeypatch):
+    monkeypatch.setattr(pianodiff_music, "load_tensors", lambda path: None)
+    known_pianos.cache_clear()
+    with pytest.raises(OSError, match="notes.safetensors is missing or damaged; install pianodiff again"):
+        known_pianos()
+    monkeypatch.undo()
+    assert len(known_pianos()) == 2
+
+
+@pytest.mark.long    # two renderings of four minutes
+def test_the_spectra_of_notes_are_those_that_fluidsynth_plays(fluidsynth, shared_data):
+    from test_recordings import midi_of
+
+    font, columns = shared_data / "fluidr3-piano.sf2", []
+    for force in (50, 95):
+        struck = b"".join(bytes([0x84 if key > 21 else 0x80, 0x58 if key > 21 else 0, 0x90, key, force,
+                                 0x92, 0x60, 0x80, key, 0]) for key in range(21, 109))    # 600 and 2400 ticks
+        wave = render_midi(midi_of(struck, division=500), font).numpy()
+        for key in range(88):
+            V = frames_of(wave[3 * key * 8000 : int((3 * key + 2.9) * 8000)])
+            columns += [V[:, a:b].mean(1) for a, b in ((0, 4), (6, 16), (30, 60), (110, 145))]
+    expected = torch.from_numpy(np.stack([c / (c.sum() + 1e-9) for c in columns], 1) + 1e-7).float()
+    made = note_spectra(font)
+    assert made.name == "fluidr3-piano" == known_pianos()[0].name
+    torch.testing.assert_close(made.spectra, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(known_pianos()[0].spectra, expected, rtol=1e-3, atol=1e-6)
+
+
 # drift
 
 
@@ -258,6 +416,12 @@ WAVE = torch.zeros(1, 3 * BLOCK)
     (lambda: find_onsets(torch.zeros(2, 256, 9), CFG), r"\[256, frames\]"),
     (lambda: find_onsets(torch.full((256, 9), torch.nan), CFG), "finite"),
     (lambda: find_onsets(torch.zeros(256, 3), CFG), "at least 0.1 s"),
+    (lambda: not_notes(WAVE, known_pianos()[0]), r"a finite floating-point wave \[T\] is needed"),
+    (lambda: not_notes(WAVE[0].int(), known_pianos()[0]), "not one of torch.int32"),
+    (lambda: not_notes(WAVE[0] / 0, known_pianos()[0]), "a finite"),
+    (lambda: not_notes(WAVE[0], known_pianos()[0], 0), "at 0 Hz"),
+    (lambda: not_notes(WAVE[0, :0], known_pianos()[0]), "0 samples at 8000 Hz are too few"),
+    (lambda: not_notes(WAVE[0, :2000], known_pianos()[0], 44_100), "give at least 64 ms"),
     (lambda: statistic_distance(torch.zeros(5), torch.tensor([1.0, torch.nan])), "at least 2"),
     (lambda: trend(torch.ones(9)), r"\[pieces, blocks\]"),
     (lambda: trend(torch.ones(1, 9)), "at least 2 pieces"),

@@ -2,18 +2,15 @@
 
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import pytest
-import torch
 from test_generate import LARGE, tiny_piano
 
 from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 from pianodiff.audio import SPECTROGRAMS, save_audio
 from pianodiff.generate import Piano
 from pianodiff.model import find_model, noise_levels
-from pianodiff.recordings import render_midi
 from pianodiff.synth import example_performance
 
 
@@ -146,21 +143,3 @@ def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypa
     monkeypatch.setattr(Piano, "spectrograms", None)  # all is in the cache
     again = run()
     assert all(again[part] == first[part] for part in ("settings", "guidance", "controls"))
-
-
-def test_the_ruler_of_notes_tells_a_chord_from_noise_and_counts_its_notes(quality, fluidsynth, shared_data):
-    import notes
-    from test_recordings import midi_file
-
-    font = shared_data / "fluidr3-piano.sf2"
-    spectra = notes.dictionary(font)
-    assert spectra.shape == (257, 2 * 88 * 4)
-    torch.testing.assert_close(spectra.sum(0), torch.ones(704), atol=1e-3, rtol=0)
-    chord = torch.stack([render_midi(midi_file(pitch), font)[:12_000] for pitch in (60, 64, 67)]).sum(0)
-    noise = torch.randn(12_000, generator=torch.Generator().manual_seed(0)) / 10
-    left, count = notes.explained(chord, spectra)
-    assert left < 0.05 and 2.5 < count < 5
-    left_of_noise, count_of_noise = notes.explained(noise, spectra)
-    assert left_of_noise > 0.2 and count_of_noise > 15
-    assert left < notes.explained(chord + chord.std() * noise, spectra)[0] < left_of_noise
-    assert math.isnan(notes.explained(torch.zeros(12_000), spectra)[0])

@@ -61,6 +61,8 @@ MUTATIONS = [
     Mutation("merge", "14_distance", "Eq. (merge)", "centred.T @ centred + self.n", "centred.T @ centred - self.n"),
     Mutation("kernel", "14_distance", "Eq. (mmd)", "within_y - 2 * ", "within_y + 2 * "),
     Mutation("flux", "15_music", "Eq. (flux)", "(spec[..., lag:] - spec", "(-spec[..., lag:] + spec"),
+    Mutation("left over", "15_music", "Eq. (left-over)", "(frames / p).log()", "(p / frames).log()"),
+    Mutation("notes", "15_music", "Eq. (notes)", "torch.special.entr(q).sum(0).exp()", "torch.special.entr(q).sum(0)"),
     Mutation("work", "15_music", "Eq. (wasserstein)", "(F_x - F_y).abs()", "(F_x + F_y).abs()"),
     Mutation("pattern", "17_novelty", "Eq. (pattern)", "(x - x.mean((-2", "(x + x.mean((-2"),
     Mutation("ratio", "17_novelty", "Eq. (ratio)", "distance[:, 0] / further", "further / distance[:, 0]"),

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'Callback', 'Prompt', 'MAX_SECONDS', 'Seed', 'Device', 'P', 'T', 'draws', 'Sampling', 'guided', 'Progress',
-           'condition', 'blocks', 'Start', 'continue_from', 'wave_of', 'pieces_of', 'Task', 'Keywords', 'Piano']
+           'encoded', 'condition', 'blocks', 'Start', 'continue_from', 'wave_of', 'pieces_of', 'Task', 'Keywords',
+           'Piano']
 
 # %% ../nbs/12_generate.ipynb #27dbd319
 import difflib
@@ -105,18 +106,19 @@ def _check_sampling(how: Sampling) -> None:
     karras_sigmas(_number("num_steps", how.num_steps))  # checks the number
 
 # %% ../nbs/12_generate.ipynb #325589c0
-def guided(denoise: Denoise, pair: Any, how: Sampling) -> Denoise:
-    """The denoiser of Eq. (guidance) of chapter 12.
-
-    `pair` holds the null condition of each block, then the predecessors, encoded.
+def guided(denoise: Denoise, worse: Callable[[Tensor, Tensor], Tensor],
+           how: Sampling) -> Denoise:
+    """The denoiser of Eq. (guidance) of chapter 12: away from what `worse(x, sigma)`
+    answers.
     """
     low, high = how.guidance_interval
 
     def denoise_guided(x: Tensor, sigma: Tensor, past: Any) -> Tensor:
-        if not low < sigma <= high:
-            return denoise(x, sigma, past)
-        null, conditional = denoise(x.repeat(2, 1, 1, 1), sigma, pair).chunk(2)
-        return null + how.guidance * (conditional - null)
+        answer = denoise(x, sigma, past)
+        if low < sigma <= high:
+            other = worse(x, sigma)
+            answer = other + how.guidance * (answer - other)
+        return answer
 
     return denoise_guided
 
@@ -133,23 +135,34 @@ class Progress(NamedTuple):
 Callback = Callable[[Progress], Any]
 
 
+def encoded(net: UNet, prev: Tensor | None, count: int, unknown: bool) -> Past:
+    """What a network takes from the predecessors `[count, 1, F, W]`, or their lack.
+
+    A network with labels is told that nothing was changed, or that it is `unknown`.
+    """
+    labels = net.null.new_zeros(count, net.config.labels)
+    labels[:, -1:] = unknown
+    return net.encode(prev, count, labels)
+
+
 def condition(piano: "Piano", prev: Tensor | None, count: int, how: Sampling,
               unknown: bool = False) -> tuple[Denoise, Past]:
     """The denoiser of `count` blocks, and the condition that it takes: the encoded
     predecessors.
 
-    `prev` `[count, 1, F, W]` is standardised; None stands for the null condition. A
-    network with labels is told that nothing was changed, or that it is `unknown`.
+    `prev` `[count, 1, F, W]` is standardised; None stands for the null condition, which
+    takes no guidance without a guide. `unknown` is how a prompt was recorded.
     """
-    labels = torch.zeros(count, piano.net.config.labels, device=piano.device)
-    labels[:, -1:] = unknown
-    if prev is None or how.guidance == 1:
-        return piano.denoiser, piano.net.encode(prev, count, labels)
-    null_and_prev = torch.cat([torch.zeros_like(prev), prev])
-    has_prev = torch.arange(2 * count) >= count
-    pair = piano.net.encode((null_and_prev, has_prev, labels.repeat(2, 1)))
-    past = Past(*(part[count:] for part in pair if part is not None))
-    return guided(piano.denoiser, pair, how), past
+    past = encoded(piano.net, prev, count, unknown)
+    if how.guidance == 1 or (prev is None and piano.guide is None):
+        return piano.denoiser, past
+    worse = piano.guide or piano
+    other = encoded(worse.net, prev if piano.guide else None, count, unknown)
+
+    def answer(x: Tensor, sigma: Tensor) -> Tensor:
+        return worse.denoiser(x, sigma, other)
+
+    return guided(piano.denoiser, answer, how), past
 
 
 @torch.inference_mode()
@@ -425,6 +438,7 @@ class Piano:
         self.noise_levels = noise_levels(self.config)
         self.denoiser = Denoiser(self.net, self.config["sigma_data"],
                                  sigma_max=self.noise_levels["sigma_max"])
+        self.guide = _guide_of(self.config, device)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str] = "nano",
@@ -508,6 +522,22 @@ def _opened(net: Any, config: dict[str, Any] | None) -> tuple[UNet, dict[str, An
         return load_model(find_model(net))
     raise TypeError("give a model's name, as in Piano('nano', device='cpu'), "
                     "or a network and its configuration")
+
+
+def _guide_of(config: dict[str, Any], device: Device) -> Piano | None:
+    """The smaller model that guides this one; None where the configuration names none.
+
+    Raises ValueError for one that sees other pictures.
+    """
+    if not (name := config.get("guide")):
+        return None
+    net, about = load_model(find_model(name))
+    for fact in ("spectrogram", "mean", "std", "sigma_data"):
+        if about[fact] != config[fact]:
+            raise ValueError(f"the model {name!r} can't guide this one: its {fact} is "
+                             f"{about[fact]}, not {config[fact]}; take the line "
+                             "\"guide\" out of config.json")
+    return Piano(net, about | {"guide": None}, device)
 
 
 def _placed(net: UNet, device: Device) -> tuple[UNet, torch.device]:

@@ -125,6 +125,9 @@ def _check_scale(config: dict[str, Any], shape: UNetConfig) -> None:
         if not numeric or (value <= 0 and name != "mean"):
             raise ValueError(f"{name} is {value!r}")
     noise_levels(config)
+    guide = config.get("guide") or "none"  # a name: no path, and no address
+    if not (isinstance(guide, str) and re.fullmatch(r"[\w-]+", guide)):
+        raise ValueError(f"guide is {guide!r}, not the name of a model")
     n_bins, n_frames = spectrogram["n_fft"] // 2, spectrogram["n_frames"]
     if (n_bins, n_frames) != (shape.n_bins, shape.n_frames):
         raise ValueError(f"a spectrogram of {n_bins}x{n_frames} "

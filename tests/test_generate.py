@@ -35,8 +35,8 @@ BLOCK = CFG.block_samples
 GALLERY = Path(__file__).resolve().parent.parent / "nbs" / "20_gallery.ipynb"
 
 
-def tiny_piano(cfg: SpectrogramConfig = CFG, shape: UNetConfig = SHAPE) -> Piano:
-    torch.manual_seed(0)
+def tiny_piano(cfg: SpectrogramConfig = CFG, shape: UNetConfig = SHAPE, seed: int = 0) -> Piano:
+    torch.manual_seed(seed)
     net = UNet(shape)
     for parameter in net.parameters():  # the layers that start at zero would hide the condition
         if not parameter.any():
@@ -133,6 +133,38 @@ def test_each_block_follows_its_predecessor(piano, monkeypatch):
     torch.testing.assert_close(seen[2].columns, torch.full((1, 1, 32, 8), 0.25))
 
 
+def test_a_guide_is_asked_at_the_levels_of_the_interval_and_from_the_first_block(monkeypatch):
+    piano, guide, asked = tiny_piano(seed=0), tiny_piano(seed=1), []
+    plain = guide.denoiser.forward
+    monkeypatch.setattr(piano, "guide", guide)
+    monkeypatch.setattr(guide.denoiser, "forward",
+                        lambda x, s, past: asked.append((float(s), bool(past.has_prev))) or plain(x, s, past))
+    how = {"seed": 1, "num_steps": 4, "sampler": "euler", "guidance_interval": (0.1, 10.0)}
+    made = piano.spectrogram(2 * CFG.block_seconds, guidance=2.0, **how)
+    inside = [float(s) for s in karras_sigmas(4, **piano.noise_levels)[:-1].float() if 0.1 < s <= 10]
+    assert inside and asked == [(s, has_prev) for has_prev in (False, True) for s in inside]
+    unguided = piano.spectrogram(2 * CFG.block_seconds, guidance=1.0, **how)
+    assert len(asked) == 2 * len(inside) and not torch.allclose(made, unguided, atol=1e-3)
+    torch.testing.assert_close(piano.spectrogram(2 * CFG.block_seconds, guidance=0.0, **how | {
+        "guidance_interval": (0.0, math.inf)}), guide.spectrogram(2 * CFG.block_seconds, guidance=1.0, **how))
+
+
+def test_a_model_names_its_guide(tmp_path, monkeypatch):
+    piano = tiny_piano()
+    tiny_piano(seed=1).save_pretrained(tmp_path / "coarse")
+    monkeypatch.chdir(tmp_path)
+    guided_one = Piano(piano.net, piano.config | {"guide": "coarse"})
+    assert guided_one.guide.denoiser.sigma_data == 0.5 and piano.guide is None
+    with pytest.raises(ValueError, match="'coarse' can't guide this one: its mean is 0.4, not 0.3; take"):
+        Piano(piano.net, piano.config | {"guide": "coarse", "mean": 0.3})
+    for name in ("../coarse", "user/repo", 3):
+        piano.save_pretrained(tmp_path / "mine")
+        config = json.loads((tmp_path / "mine/config.json").read_text()) | {"guide": name}
+        (tmp_path / "mine/config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="guide is .*, not the name of a model"):
+            Piano(tmp_path / "mine")
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_labels_say_that_nothing_was_changed_and_of_a_prompt_that_it_is_unknown(prompt, monkeypatch, guidance):
     piano, seen = tiny_piano(shape=replace(SHAPE, labels=3)), []
@@ -141,8 +173,8 @@ def test_labels_say_that_nothing_was_changed_and_of_a_prompt_that_it_is_unknown(
     how = {"seed": 1, "guidance": guidance, "guidance_interval": (0, math.inf), "num_steps": 1, "sampler": "euler"}
     new = piano.spectrogram(2 * CFG.block_seconds, **how)
     told = piano.spectrogram(2 * CFG.block_seconds, prompt=prompt, **how)
-    both = 1 + (guidance != 1)  # without predecessor and with
-    assert [labels.tolist() for labels in seen] == [[[0, 0, 0]], both * [[0, 0, 0]], *2 * [both * [[0, 0, 1]]]]
+    both = 1 + (guidance != 1)  # with the predecessor and without
+    assert [labels.tolist() for labels in seen] == (1 + both) * [[[0, 0, 0]]] + 2 * both * [[[0, 0, 1]]]
     torch.nn.init.zeros_(piano.net.labels.weight)
     assert torch.equal(piano.spectrogram(2 * CFG.block_seconds, **how), new)
     assert not torch.allclose(piano.spectrogram(2 * CFG.block_seconds, prompt=prompt, **how), told, atol=1e-3)
@@ -172,7 +204,7 @@ def test_guidance(piano, prompt, guidance, monkeypatch):
     monkeypatch.setattr(piano.denoiser, "forward", lambda x, s, c=None: batches.append(len(x)) or plain(x, s, c))
     made = piano.spectrogram(CFG.block_seconds, seed=2, prompt=prompt, sampler="euler", num_steps=1, guidance=guidance,
                              guidance_interval=(0, math.inf))
-    assert batches == [1 if guidance == 1 else 2]  # one evaluation a step
+    assert batches == ([1] if guidance == 1 else [1, 1])
     prev = generate.continue_from(prompt, CFG, piano.device).prev
     latents = torch.randn(1, 1, 32, 32, generator=generate.generator(2, 0, 0))
     x, cond = 80 * latents.double(), (prev - 0.4)[None, None] / 0.4
@@ -183,15 +215,15 @@ def test_guidance(piano, prompt, guidance, monkeypatch):
 
 
 def test_guidance_on_an_interval(piano, prompt, monkeypatch):
-    """Batches of two at low < sigma <= high alone; the past is encoded once a block."""
+    """Two evaluations at low < sigma <= high alone; the past is encoded once a block."""
     seen, encoded, plain = [], [], (piano.denoiser.forward, piano.net.embedding.forward)
-    monkeypatch.setattr(piano.denoiser, "forward", lambda x, s, c: seen.append((float(s), len(x))) or plain[0](x, s, c))
+    monkeypatch.setattr(piano.denoiser, "forward", lambda x, s, c: seen.append(float(s)) or plain[0](x, s, c))
     monkeypatch.setattr(piano.net.embedding, "forward", lambda x: encoded.append(len(x)) or plain[1](x))
     settings = {"seed": 2, "prompt": prompt, "sampler": "euler", "num_steps": 8, "guidance": 3.0}
     levels = [float(sigma) for sigma in karras_sigmas(8)[:-1]]
     part = piano.spectrogram(2 * CFG.block_seconds, guidance_interval=(levels[5], levels[2]), **settings)
-    assert [count for _, count in seen] == 2 * [1, 1, 2, 2, 2, 1, 1, 1]
-    assert [sigma for sigma, _ in seen] == pytest.approx(2 * levels) and encoded == [2, 2]
+    twice = [level for i, level in enumerate(levels) for _ in range(2 if 2 <= i < 5 else 1)]
+    assert seen == pytest.approx(2 * twice) and encoded == [1, 1, 1, 1]
     everywhere = piano.spectrogram(2 * CFG.block_seconds, guidance_interval=(0, math.inf), **settings)
     nowhere = piano.spectrogram(2 * CFG.block_seconds, guidance_interval=(100.0, math.inf), **settings)
     none = piano.spectrogram(2 * CFG.block_seconds, **{**settings, "guidance": 1.0})

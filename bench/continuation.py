@@ -12,6 +12,8 @@ performance has a distance, too, and so have the prompt's two halves: music vari
 """
 
 import json
+import statistics
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,12 +82,13 @@ def main(source: Annotated[str, tyro.conf.Positional], unseen: str, piano: str,
     first = Piano(models[0])
     waves = performances(source, [unseen, piano], first.cfg.sample_rate)
     half = round(PROMPT * first.cfg.sample_rate)
-    table = {"the prompt's two halves": [spectral_distance(w[: half // 2], w[half // 2 : half], first.cfg) for w in waves],
-             "what follows in the performance": [spectral_distance(w[:half], w[half:], first.cfg) for w in waves]}
+    far = partial(spectral_distance, cfg=first.cfg)
+    table = {"the prompt's two halves": [far(w[: half // 2], w[half // 2 : half]) for w in waves],
+             "what follows in the performance": [far(w[:half], w[half:]) for w in waves]}
     for name in models:
         table[name] = judge(Piano(name), waves)
     for name, row in table.items():
-        print(f"{name:34s}", *(f"{value:5.1f}" for value in row), f"  median {sorted(row)[2] / 2 + sorted(row)[3] / 2:.2f}")
+        print(f"{name:34s}", *(f"{value:5.1f}" for value in row), f"  median {statistics.median(row):.2f}")
     if out:
         out.write_text(json.dumps(table))
 

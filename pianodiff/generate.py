@@ -432,13 +432,12 @@ class Piano:
 
     def __init__(self, net: UNet | str | os.PathLike[str] = "nano",
                  config: dict[str, Any] | None = None, device: Device = None) -> None:
-        net, self.config = _opened(net, config)
+        net, self.config, self.guide = _opened(net, config, device)
         self.net, self.device = _placed(net, device)
         self.cfg = SpectrogramConfig(**self.config["spectrogram"])
         self.noise_levels = noise_levels(self.config)
         self.denoiser = Denoiser(self.net, self.config["sigma_data"],
                                  sigma_max=self.noise_levels["sigma_max"])
-        self.guide = _guide_of(self.config, device)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str] = "nano",
@@ -512,16 +511,17 @@ class Piano:
         return _stream(self, _asked(self, seconds, [seed], **how))
 
 # %% ../nbs/12_generate.ipynb #8a010020
-def _opened(net: Any, config: dict[str, Any] | None) -> tuple[UNet, dict[str, Any]]:
-    """A network with its configuration: these, or those of the model that `net`
-    names.
+def _opened(net: Any, config: dict[str, Any] | None,
+            device: Device) -> tuple[UNet, dict[str, Any], Piano | None]:
+    """A network with its configuration, these or those of the model that `net` names,
+    and its guide.
     """
-    if isinstance(net, UNet) and isinstance(config, dict):
-        return net, config
     if isinstance(net, str | os.PathLike) and config is None:
-        return load_model(find_model(net))
-    raise TypeError("give a model's name, as in Piano('nano', device='cpu'), "
-                    "or a network and its configuration")
+        net, config = load_model(find_model(net))
+    if not (isinstance(net, UNet) and isinstance(config, dict)):
+        raise TypeError("give a model's name, as in Piano('nano', device='cpu'), "
+                        "or a network and its configuration")
+    return net, config, _guide_of(config, device)
 
 
 def _guide_of(config: dict[str, Any], device: Device) -> Piano | None:

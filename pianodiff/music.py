@@ -416,7 +416,7 @@ class NotNotes(NamedTuple):
 def _audible(wave: Tensor, sample_rate: int) -> Tensor:
     """Magnitudes `[257, frames]` of the frames that sound, with a floor.
 
-    These are within 50 dB of the loudest. Beside the floor, the mean of their sums is 1.
+    These are within 50 dB of the loudest; their sums have a mean of about 1.
     """
     wave = wave.detach().cpu()
     if wave.ndim != 1 or not wave.is_floating_point() or not wave.isfinite().all():
@@ -504,7 +504,7 @@ def _row_of_notes(found: Tensor, seed: int) -> dict[str, Any]:
                      in zip(known_pianos(), counts, strict=True)}
     return row
 
-
+# %% ../nbs/15_music.ipynb #nts00022
 def notes_section(comparison: Comparison) -> Section:
     """What notes leave over of the pieces of four rows, with their best piano each."""
     rate, table = comparison.others.cfg.sample_rate, {}

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Trains `base`, then `nano`, on a GPU machine that has no network, in a given time.
 #
-#   bench/gpu_training.sh pack SHARED    # here: what is needed there, as .gpu/ in the checkout (some 60 MB)
-#   bench/gpu_training.sh run OUT 540    # there: models, logs and settings of 540 seconds, in files of at most 15 MiB
+#   bench/gpu_training.sh pack SHARED      # here: what is needed there, as .gpu/ in the checkout (60 MB)
+#   bench/gpu_training.sh prepare          # there, with .gpu/ and without nbs/, book/ and the weights: the store, in /tmp
+#   bench/gpu_training.sh train OUT 540    # there: models, logs and settings of 540 seconds, in files of at most 15 MiB
 #
 # SHARED holds data/ with the MIDI, FluidR3's piano and Salamander's samples, and gpu/pack-fluidsynth. There, Python 3.12
 # with PyTorch, accelerate and tensorboard is expected; wheels of the other packages travel along. Both pianos play, in
-# five rooms; three of seven recordings are dry. Both networks start from the weights that ship.
+# five rooms; three of seven recordings are dry. Both networks start from the weights that ship. Where no more than
+# 64 MiB travel at once, the first call leaves the weights behind, and the second .gpu/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-packed=.gpu
+packed=.gpu data=/tmp/pianodiff
+export PYTHONPATH=$PWD:$data/site PATH=$data/fluidsynth/bin:$PATH PYTHONUNBUFFERED=1
 
 pack() {
     mkdir -p "$packed/wheels"
@@ -26,20 +29,20 @@ pack() {
     du -sh "$packed"
 }
 
-run() {
-    local out=$1 seconds=$2 begin=$SECONDS data=/tmp/pianodiff
+prepare() {
     mkdir -p "$data"
     python3 -m pip install -q --no-index --no-deps --target "$data/site" "$packed"/wheels/*.whl
     tar -C "$data" -xJf "$packed/fluidsynth.tar.xz"
     xz -dc "$packed/salamander.sf2.xz" > "$data/salamander.sf2"
-    export PYTHONPATH=$PWD:$data/site PATH=$data/fluidsynth/bin:$PATH PYTHONUNBUFFERED=1
     LD_LIBRARY_PATH=$data/fluidsynth/lib python3 -m pianodiff prepare "$packed/asap-maestro-midi.zip" "$data/store" \
         --soundfont "$packed/fluidr3-piano.sf2" "$data/salamander.sf2" --preset base --jobs 16 \
         --rooms dry dry dry studio chamber hall church
-    echo "prepared after $((SECONDS - begin)) s"
-    local left=$((seconds - (SECONDS - begin) - 20))
-    train base 0.65 "$left" 2100
-    train nano 0.35 "$left" 5200
+}
+
+train() {
+    local out=$1 left=$(($2 - 20))
+    model base 0.65 "$left" 2100
+    model nano 0.35 "$left" 5200
     mkdir -p "$out"
     for name in base nano; do
         split -b 15M "$data/$name/model/model.safetensors" "$out/$name.safetensors."
@@ -48,17 +51,19 @@ run() {
     done
 }
 
-# train NAME SHARE SECONDS RATE: so many blocks as RATE blocks a second see in its share of the seconds, or until time is up
-train() {
-    local images=$(python3 -c "print(int($2 * $3 * $4))") run=/tmp/pianodiff/$1
+# model NAME SHARE SECONDS RATE: as many blocks as it sees in its share of the seconds, at RATE blocks a second
+model() {
+    local run=$data/$1 images
+    images=$(python3 -c "print(int($2 * $3 * $4))")
     timeout --signal=INT --kill-after=20 "$(python3 -c "print(int($2 * $3 + 15))")" \
-        python3 -m pianodiff train /tmp/pianodiff/store "$run" --init "$1" --images "$images" --batch-size 256 --lr 1e-3 \
+        python3 -m pianodiff train $data/store "$run" --init "$1" --images "$images" --batch-size 256 --lr 1e-3 \
         --warmup-images 50000 --decay-fraction 0.5 --P-mean -0.2 --P-std 1.8 --recolour 0.5 --compile --workers 12 \
         --eval-blocks 256 --eval-images 250000 --log-images 20000 --snapshot-images 1000000000 || echo "$1 was stopped"
 }
 
 case ${1-} in
     pack) pack "$2" ;;
-    run) run "$2" "$3" ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    prepare) prepare ;;
+    train) train "$2" "$3" ;;
+    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

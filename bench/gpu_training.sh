@@ -11,7 +11,7 @@
 # 64 MiB travel at once, the first call leaves the weights behind, and the second .gpu/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-packed=.gpu data=/tmp/pianodiff
+packed=.gpu data=${TMPDIR:-/tmp}/pianodiff
 export PYTHONPATH=$PWD:$data/site PATH=$data/fluidsynth/bin:$PATH PYTHONUNBUFFERED=1
 
 pack() {

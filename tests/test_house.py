@@ -151,7 +151,9 @@ def test_every_module_has_a_notebook():
 
 
 @pytest.mark.apart
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("chapter", [
+    pytest.param(path, marks=[] if "#| export" in path.read_text() else pytest.mark.long) for path in CHAPTERS
+], ids=lambda path: path.stem)
 def test_chapter_runs(chapter: Path, tmp_path: Path):
     """nbdev_test says "Success." only when it ran a notebook; on a path that matches none it exits 0 all the same."""
     assert "Success." in ran(chapter, ROOT, tmp_path / "told")

@@ -47,8 +47,8 @@ class TrainConfig:
     warmup_images: int = 20_000  # the learning rate rises over the first so many
     decay_fraction: float = 0.3  # and falls to zero over this last part
     ema_std: float = 0.08  # width of the averaging window, as a part of the run
-    P_mean: float = -0.6  # mean of ln(sigma), sigma a block's noise level: Eq. (32)
-    P_std: float = 1.2  # standard deviation of ln(sigma): Eq. (32)
+    P_mean: float = -0.2  # mean of ln(sigma), sigma a block's noise level: Eq. (32)
+    P_std: float = 1.8  # standard deviation of ln(sigma): Eq. (32)
     cond_dropout: float = 0.15  # how often the predecessor is withheld
     cond_noise: float = 0.1  # most noise on the predecessor (the data's std is 0.5)
     recolour: float = 0.0  # how often a block's sound is changed, of which labels tell
@@ -378,14 +378,14 @@ def training_loss(
     return losses.mean()
 
 # %% ../nbs/09_recipe.ipynb #92b54625
-EVAL_SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 40.0)
+EVAL_SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 40.0, 160.0)
 
 
 @torch.no_grad()
 def validation_losses(
     denoiser: Denoiser, y: Tensor, cond: tuple, noise: Tensor, batch_size: int = 16
 ) -> Tensor:
-    """Loss (Eqs. (25), (33)) of each block at each of EVAL_SIGMAS: `[n, 8]`.
+    """Loss (Eqs. (25), (33)) of each block at each of EVAL_SIGMAS: `[n, 9]`.
 
     `y`, `noise` `[n, 1, F, W]`; `cond` as `standardise` gives it.
     """

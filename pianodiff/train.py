@@ -430,9 +430,10 @@ class TrainLog:
         try:
             with open(self.path, newline="") as file:
                 reader = csv.DictReader(file)
-                if reader.fieldnames != list(self.columns):
+                names = reader.fieldnames or []
+                if not {"images"} <= set(names) <= set(self.columns):
                     raise ValueError("it has other columns")
-                whole = [row for row in reader if row[self.columns[-1]] is not None]
+                whole = [row for row in reader if row[names[-1]] is not None]
                 return [row for row in whole if int(row["images"]) <= images]
         except (ValueError, csv.Error) as error:  # the run can go on without it
             os.replace(self.path, self.path.with_name("log.csv.bad"))

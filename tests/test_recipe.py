@@ -291,4 +291,4 @@ def test_a_way_sets_the_precision_and_the_kernel():
 def test_precision_is_as_set():
     cpu = torch.device("cpu")
     assert use_bf16(TrainConfig(mixed_precision="bf16"), cpu) and not use_bf16(TrainConfig(mixed_precision="no"), cpu)
-    assert len(EVAL_SIGMAS) == 8
+    assert len(EVAL_SIGMAS) == 9

@@ -26,7 +26,7 @@ from pianodiff.data import BlockDataset, prepare
 from pianodiff.files import seed_of
 from pianodiff.model import load_model, noise_levels
 from pianodiff.recipe import EVAL_SIGMAS, WAYS, TrainConfig, Way, draw_batch, draw_noise, learning_rate
-from pianodiff.train import _parts, _Progress, _tell_of_start, load_checkpoint, save_checkpoint, train
+from pianodiff.train import TrainLog, _parts, _Progress, _tell_of_start, load_checkpoint, save_checkpoint, train
 from pianodiff.unet import UNetConfig
 
 SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)
@@ -308,6 +308,20 @@ def test_a_spoilt_log_does_not_end_a_run(store, whole, tmp_path, capsys, content
     assert re.search(r"log.csv is no log of pianodiff \(.*\); it is log.csv.bad now", capsys.readouterr().err)
     assert (tmp_path / "log.csv.bad").read_bytes() == spoilt
     assert [row["images"] for row in rows(tmp_path)] == ["112"]
+
+
+def test_a_log_with_fewer_noise_levels_goes_on(store, whole, tmp_path, capsys):
+    """Releases up to 0.2 did not validate at the highest one."""
+    shutil.copy(whole / "checkpoint.safetensors", tmp_path)
+    with open(tmp_path / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, TrainLog.columns[:-1], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows(whole))
+    train(store, tmp_path, replace(CONFIG, images=112))
+    assert "is no log" not in capsys.readouterr().err
+    last = TrainLog.columns[-1]
+    assert rows(tmp_path)[:-1] == [row | {last: ""} for row in rows(whole)]
+    assert float(rows(tmp_path)[-1][last]) > 0
 
 
 @pytest.mark.parametrize("name", ["model", "model/README.md", "samples"])

@@ -6,16 +6,16 @@ weights.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from table import update
 
+from pianodiff.evaluate import drawn
 from pianodiff.files import plain
-from pianodiff.generate import Sampling
-from pianodiff.model import NOISE_LEVELS, trainings
+from pianodiff.generate import Piano
+from pianodiff.model import trainings
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "pianodiff" / "weights"
@@ -63,7 +63,7 @@ def table(header: str, rows: list[str]) -> str:
 def sampled(reports: dict[str, dict[str, Any]]) -> str:
     """Says so if the reports' music was sampled otherwise than the models are today; nothing if it was not."""
     old = [f"`{model}`" for model, report in reports.items()
-           if report.get("sampling") != plain(asdict(Sampling()) | NOISE_LEVELS[model])]
+           if report.get("sampling") != plain(drawn(piano := Piano(model), piano.sampling))]
     if not old:
         return ""
     return (f"In these figures, the music of {' and '.join(old)} was sampled by settings of an earlier version, which "

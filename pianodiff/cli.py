@@ -16,13 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from . import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, __version__
+from . import NUM_STEPS, SAMPLER, __version__
 from .terminal import counted, discreet, interruptible, lasting, own_streams, printed, progress_bar
 
 # %% ../nbs/19_cli.ipynb #cli00030
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pianodiff.audio import SpectrogramConfig
-    from pianodiff.generate import Piano, Progress
+    from pianodiff.generate import Piano, Progress, Sampling
 
 # %% ../nbs/19_cli.ipynb #e254f31f
 def _rows(facts: dict[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
@@ -173,6 +173,8 @@ def _short(letter: str, metavar: str | None = None) -> Any:
 # flags that may be left out; without a name, tyro's help says {None}|INT
 _Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
 _File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+_Weight = Annotated[float | None, _short("-g", "FLOAT")]
+_Interval = Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")]
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,8 @@ class Request:
         steps: sampling steps a block: fewer are faster; beyond the default little is
             gained
         sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
-        guidance: above 1, each block follows its predecessor more closely than the
-            model would by itself; 1 is none
+        guidance: above 1, the model goes further from what it, or its guide, would do
+            with less to go by; 1 is none, and the model's own is the default
         guidance_interval: the noise levels between which guidance is applied
         device: cpu, cuda or mps; by default a GPU if there is one
         image: also draw the spectrogram, of the first minute, into this PNG file
@@ -200,20 +202,20 @@ class Request:
     model: Annotated[str, _short("-m")] = "nano"
     steps: Annotated[int, _short("-n")] = NUM_STEPS
     sampler: str = SAMPLER
-    guidance: Annotated[float, _short("-g")] = GUIDANCE
-    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL
+    guidance: _Weight = None
+    guidance_interval: _Interval = None
     device: _Text = None
     image: Annotated[Path | None, _short("-i", "PATH")] = None
     play: Annotated[bool, _short("-p")] = False
     force: Annotated[bool, _short("-f")] = False
 
-    def command(self, seed: int, prompt: Path | None) -> str:
+    def command(self, seed: int, prompt: Path | None, how: "Sampling") -> str:
         """The command line that makes the same music again, for a file's comment."""
         words = ["generate"] if prompt is None else ["continue", str(prompt)]
         words += ["--seconds", f"{self.seconds:g}", "--seed", str(seed)]
-        for name in ("model", "steps", "sampler", "guidance"):
-            words += [f"--{name}", str(getattr(self, name))]
-        words += ["--guidance-interval", *map(str, self.guidance_interval)]
+        words += ["--model", self.model, "--steps", str(self.steps), "--sampler",
+                  how.sampler, "--guidance", str(how.guidance), "--guidance-interval",
+                  *map(str, how.guidance_interval)]
         return shlex.join(["pianodiff", *words])
 
 
@@ -408,12 +410,15 @@ def _make(request: Request, out: Path, prompt: Path | None) -> None:
 
     from pianodiff.audio import load_audio
     from pianodiff.files import write_whole
-    from pianodiff.generate import Piano
+    from pianodiff.generate import Piano, sampling_of
 
     _check_outputs(request, out, prompt)
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     piano = Piano.from_pretrained(request.model, request.device)
-    comment = f"pianodiff {__version__}: {request.command(seed, prompt)}"
+    how = sampling_of(piano.config, sampler=request.sampler, num_steps=request.steps,
+                      guidance=request.guidance,
+                      guidance_interval=request.guidance_interval)
+    comment = f"pianodiff {__version__}: {request.command(seed, prompt, how)}"
     rate = piano.cfg.sample_rate
     with _named(prompt):
         before = torch.zeros(0) if prompt is None else load_audio(_heard(prompt), rate)
@@ -421,10 +426,7 @@ def _make(request: Request, out: Path, prompt: Path | None) -> None:
         with _named(prompt):
             stream = piano.stream(request.seconds, seed=seed,
                                   prompt=None if prompt is None else before,
-                                  sampler=request.sampler, num_steps=request.steps,
-                                  guidance=request.guidance,
-                                  guidance_interval=request.guidance_interval,
-                                  callback=callback)
+                                  callback=callback, **asdict(how))
         made = _hand_on(stream, before, out, rate, request.play, comment)
     if made.samples:
         if request.image:
@@ -535,8 +537,7 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
              reference: Annotated[str, tyro.conf.arg(metavar="REFERENCE")], /, *,
              out: _Out = Path("report.html"), pieces: int = 10, seconds: float = 61.44,
              steps: int = NUM_STEPS, sampler: str = SAMPLER,
-             guidance: float = GUIDANCE,
-             guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
+             guidance: _Weight = None, guidance_interval: _Interval = None,
              training: _Text = None, transpose: int = 0,
              embeddings: tuple[str, ...] = ("logmel",), splits: tuple[str, ...] = (),
              blocks: int = 2000, seed: int = 0, cache: _File = None,
@@ -554,7 +555,7 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
         seconds: length of each of them
         steps: sampling steps a block
         sampler: heun, euler, dpmpp_2m, euler_ancestral or dpmpp_3m_sde
-        guidance: how closely a model's blocks follow each other; 1 is none
+        guidance: 1 is none; by default the model's own
         guidance_interval: the noise levels between which guidance is applied
         training: the store that the model was trained on, to search for copies
         transpose: search for copies up to this many semitones higher or lower
@@ -606,10 +607,12 @@ def _print_results(results: dict[str, Any], out: Path) -> None:
 _REASONS = {  # what tyro says, and what the command says instead
     r"Error parsing (?:-./)?(\S+): .*?(?:int\(\)|INT could).*?'(.*?)'.*":
         r"\1 takes a whole number, not \2",
-    r"Error parsing (?:-./)?(\S+): could not convert string to float: '(.*?)'.*":
-        r"\1 takes a number, not \2",
-    r"Error parsing (?:-./)?(\S+): Could not parse arguments \[(.*)\] into .*":
+    r"Error parsing (?:-./)?(\S+): .*?expected argument count (\d+) .*":
+        r"\1 needs \2 values",
+    r"Error parsing (?:-./)?(\S+): .*?Could not parse arguments \[(.*)\] into .*":
         r"\1 takes numbers, not \2",
+    r"Error parsing (?:-./)?(\S+): .*?could not convert string to float: '(.*?)'.*":
+        r"\1 takes a number, not \2",
     r"invalid choice '(.*?)' for argument '(?:-./)?(\S+)'\. Expected one of \((.*)\)":
         r"\2 takes one of \3, not \1",
     r"Missing value for argument '(?:-./)?(\S+)'\. Expected 1 values":

@@ -327,15 +327,15 @@ def make_pieces(
 ) -> Pieces:
     """What a model makes of the seeds from `seed` on: the whole blocks of `seconds`.
 
-    Pieces are made five at a time, by the default `Sampling` unless told otherwise.
+    Pieces are made five at a time, by the model's own `sampling` unless told otherwise.
     The folder `cache` keeps them, and none is made twice. Processes with the same cache
     share the work, and each returns all pieces. Raises FileNotFoundError for a model
     that isn't there, and ValueError for one, or settings, that can't be used or give
     fewer than `least` blocks.
     """
-    sampling = sampling or Sampling()
     folder = find_model(model)
     piano = Piano.from_pretrained(folder)
+    sampling = sampling or piano.sampling
     cfg = piano.cfg
     length = round(seconds * cfg.sample_rate) if 0 < seconds < math.inf else 0
     blocks = length // cfg.block_samples

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import GUIDANCE, NUM_STEPS, SAMPLER
+from . import NUM_STEPS, SAMPLER
 from .audio import MP3_RATES, SpectrogramConfig, load_audio, rate_of, to_flac, to_mp3, to_spectrogram
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _widgets() -> dict[str, Any]:
         "seconds": w.BoundedFloatText(8.0, min=0.1, max=600.0, description="seconds"),
         "steps": w.IntSlider(NUM_STEPS, min=1, max=60, description="steps"),
         "sampler": w.Dropdown(options=_SAMPLERS, value=SAMPLER, description="sampler"),
-        "guidance": w.FloatSlider(GUIDANCE, min=0.0, max=4.0, step=0.1,
+        "guidance": w.FloatSlider(min=0.0, max=4.0, step=0.05,
                                   description="guidance"),
         "prompt": w.FileUpload(accept="audio/*", description="go on from a file",
                                layout=auto),
@@ -260,6 +260,7 @@ class Studio:
         self.piano, self.stop, self.thread = piano, Event(), Thread()
         for name, widget in _widgets().items():
             setattr(self, name, widget)
+        self.guidance.value = piano.sampling.guidance
         self.button.on_click(self._pressed)
         self.forget.on_click(lambda _: self.prompt.set_trait("value", ()))
 

@@ -458,6 +458,7 @@ def test_a_disk_that_fills_leaves_no_half_file(model, capsys, monkeypatch):
     ("generate --steps 1.5", "--steps takes a whole number, not 1.5; see pianodiff generate --help"),
     ("generate --seed lucky", "--seed takes a whole number, not lucky; see pianodiff generate --help"),
     ("generate -s", "--seconds needs a value; see pianodiff generate --help"),
+    ("generate -g much", "--guidance takes a number, not much; see pianodiff generate --help"),
     ("generate --guidance-interval 1", "--guidance-interval needs 2 values; see pianodiff generate --help"),
     ("generate --guidance-interval 1 b",
      "--guidance-interval takes numbers, not '1', 'b'; see pianodiff generate --help"),

@@ -149,12 +149,24 @@ def test_a_guide_is_asked_at_the_levels_of_the_interval_and_from_the_first_block
         "guidance_interval": (0.0, math.inf)}), guide.spectrogram(2 * CFG.block_seconds, guidance=1.0, **how))
 
 
+def test_a_model_says_which_guidance_suits_it():
+    piano = tiny_piano(seed=3)
+    own = Piano(piano.net, piano.config | {"guidance": 3.0, "guidance_interval": [0.1, 10.0]})
+    assert own.sampling == Sampling(guidance=3.0, guidance_interval=(0.1, 10.0)) and piano.sampling == Sampling()
+    seconds, how = 2 * CFG.block_seconds, {"seed": 1, "num_steps": 4, "sampler": "euler"}
+    asked = {"guidance": 3.0, "guidance_interval": (0.1, 10.0)}
+    assert torch.equal(own.spectrogram(seconds, **how), piano.spectrogram(seconds, **how, **asked))
+    assert torch.equal(own.spectrogram(seconds, **how, guidance=1.0), piano.spectrogram(seconds, **how, guidance=1.0))
+    assert not torch.equal(own.spectrogram(seconds, **how), piano.spectrogram(seconds, **how))
+
+
 def test_a_model_names_its_guide(tmp_path, monkeypatch):
     piano = tiny_piano()
     tiny_piano(seed=1).save_pretrained(tmp_path / "coarse")
     monkeypatch.chdir(tmp_path)
     guided_one = Piano(piano.net, piano.config | {"guide": "coarse"})
     assert guided_one.guide.denoiser.sigma_data == 0.5 and piano.guide is None
+    assert Piano(piano.net, piano.config | {"guide": "coarse", "mean": 0.4 + 1e-12}).guide
     with pytest.raises(ValueError, match="'coarse' can't guide this one: its mean is 0.4, not 0.3; take"):
         Piano(piano.net, piano.config | {"guide": "coarse", "mean": 0.3})
     for name in ("../coarse", "user/repo", 3):
@@ -388,7 +400,7 @@ def test_bad_input_is_told_at_once(piano, settings, message):
     ({"seed": "7"}, "seed must be a number, not str"),
     ({"seed": [1, 2]}, "seed must be one number; several are for `waves` and `spectrograms`"),
     ({"num_steps": "15"}, "num_steps must be a number, not str"),
-    ({"guidance": None}, "guidance must be a number, not NoneType"),
+    ({"guidance": "2"}, "guidance must be a number, not str"),
     ({"guidance_interval": 2.0}, r"guidance_interval must be two noise levels \(low, high\)"),
     ({"guidance_interval": ("0", "1")}, "a level of guidance_interval must be a number, not str"),
     ({"prompt": 7}, r"the prompt must be a wave \[T\] or the path of a sound file, not int"),
@@ -407,7 +419,8 @@ def test_another_type_gets_one_line(piano, settings, message):
 def test_all_settings_are_seen_in_the_signature(piano):
     for call in (piano.generate, piano.stream, piano.spectrogram, piano.spectrograms, piano.waves):
         shown = inspect.signature(call).parameters
-        assert {**asdict(Sampling())}.items() <= {name: value.default for name, value in shown.items()}.items()
+        own = {"sampler": SAMPLER, "num_steps": NUM_STEPS, "guidance": None, "guidance_interval": None}
+        assert own.items() <= {name: value.default for name, value in shown.items()}.items()
         assert {"prompt", "callback"} <= shown.keys()
 
 

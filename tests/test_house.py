@@ -108,7 +108,7 @@ DEFAULTS = {
     "sampler.heun_sample": {"num_steps": 40, "S_churn": 0.0, "S_max": float("inf"), "S_noise": 1.0},
     "generate.Piano.from_pretrained": {"name_or_path": "nano", "device": None},
     "generate.Piano.generate": {"sampler": pianodiff.SAMPLER, "num_steps": pianodiff.NUM_STEPS,
-                                "guidance": pianodiff.GUIDANCE, "guidance_interval": pianodiff.GUIDANCE_INTERVAL,
+                                "guidance": None, "guidance_interval": None,  # the model's own
                                 "prompt": None, "seed": None},
     "generate.Piano.stream": {"seconds": None},
 }

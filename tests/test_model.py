@@ -268,6 +268,15 @@ def test_a_model_says_from_what_noise_it_is_sampled(model):
     assert noise_levels(load_model(model)[1]) == {"sigma_max": 400, "rho": 12.0}
 
 
+@pytest.mark.parametrize(("weight", "interval"), [
+    ("2", [0.2, 2]), (float("inf"), [0.2, 2]), (True, [0.2, 2]), (2, [2, 0.2]), (2, [-1, 2]), (2, 2), (2, ["0.2", 2]),
+    (2, [0.2])])
+def test_guidance_that_makes_no_sense_is_refused(model, weight, interval):
+    (model / "config.json").write_text(json.dumps(CONFIG | {"guidance": weight, "guidance_interval": interval}))
+    with pytest.raises(ValueError, match=r"not a model's configuration .*guidance is .* on .*; give a number, and two"):
+        load_model(model)
+
+
 def test_a_model_of_another_format(model):
     (model / "config.json").write_text(json.dumps(CONFIG | {"format": 2}))
     with pytest.raises(ValueError, match=r"config\.json .*format 2, where 1 is read.*; .*update pianodiff$"):

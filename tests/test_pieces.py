@@ -11,7 +11,7 @@ import torch
 
 from pianodiff.audio import SpectrogramConfig, save_audio, to_spectrogram
 from pianodiff.evaluate import evaluate
-from pianodiff.generate import Piano, Sampling
+from pianodiff.generate import Piano, Sampling, sampling_of
 from pianodiff.joins import retrieval_residue
 from pianodiff.pieces import Piece, Pieces, make_pieces, noise_like, read_pieces, retrieved, shifted, shuffled
 from pianodiff.synth import example_performance
@@ -176,8 +176,8 @@ def test_a_report_finds_the_pieces_that_were_made_before():
     """By the defaults of both, as the chapter has it."""
     asked, made = (inspect.signature(function).parameters for function in (evaluate, make_pieces))
     assert all(asked[name].default == made[name].default for name in ("pieces", "seconds", "seed"))
-    names = ("sampler", "steps", "guidance", "guidance_interval")
-    assert Sampling() == Sampling(*(asked[name].default for name in names))
+    how = {name: asked[name].default for name in ("sampler", "guidance", "guidance_interval")}
+    assert sampling_of({}, num_steps=asked["steps"].default, **how) == Sampling()
 
 
 # rows

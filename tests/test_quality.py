@@ -97,6 +97,18 @@ def test_the_smoothest_guidance_that_keeps_the_distances_is_chosen(quality, rows
     assert quality.smoothest(settings)["guidance"] == chosen
 
 
+@pytest.mark.parametrize("rows, chosen", [
+    ([(1.0, -24, 1.4, 0.076), (1.2, -23, 1.2, 0.069), (1.4, -21.5, 1.4, 0.066)], 1.4),
+    ([(1.0, -24, 1.4, 0.076), (1.2, -23, 1.2, 0.069), (1.4, -20.5, 1.4, 0.066)], 1.2),  # too loud
+    ([(1.0, -24, 1.4, 0.076), (1.2, -23, 1.2, 0.069), (1.4, -21.5, 1.6, 0.066)], 1.2),  # too far from real music
+    ([(1.0, -24, 1.6, 0.076), (1.2, -23, 1.6, 0.069)], 1.0),
+])
+def test_the_guide_that_leaves_the_least_over_is_chosen(quality, rows, chosen):
+    settings = [{"guidance": w, "level": level, "frechet": frechet, "left_over": left}
+                for w, level, frechet, left in rows]
+    assert quality.cleanest(settings, {"frechet": 1.5}, [-24.4, -22.0])["guidance"] == chosen
+
+
 @pytest.mark.filterwarnings("ignore:1. clips in 96 dimensions")
 def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "SIGMA_MAX", (80.0, 300.0))
@@ -138,7 +150,8 @@ def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypa
     assert "left_over" not in heun_2  # without a soundfont there is no ruler of notes
     assert len({row["frechet"] for row in guided}) == 4 and len({row["sampler"] for row in guided}) == 1
     assert printed[-1].endswith(f"{first['choice']['evaluations']} evaluations; then guidance "
-                                f"{first['guidance']['choice']:g}") 
+                                f"{first['guidance']['choice']:g} from {first['guidance']['interval'][0]:g} to "
+                                f"{first['guidance']['interval'][1]:g}")
 
     monkeypatch.setattr(Piano, "spectrograms", None)  # all is in the cache
     again = run()

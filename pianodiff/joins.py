@@ -150,27 +150,35 @@ class Excess(NamedTuple):
     high: float
 
 
-def excess(at_joins: Tensor, inside: Tensor, *, resamples: int = 1000,
+def excess(at_joins: Tensor, inside: Tensor, *,
+           groups: tuple[Tensor, Tensor] | None = None, resamples: int = 1000,
            seed: int = 0) -> Excess:
     """The probability that one of `at_joins` `[J]` exceeds one of `inside` `[K]`.
 
-    Eq. (auc) of chapter 16, with its bootstrap interval, which takes values as
-    independent: give joins of many pieces. NaN values are left out. Raises ValueError
-    if fewer than two values are left on either side.
+    Eq. (auc) of chapter 16, with its bootstrap interval. This takes values as
+    independent, unless `groups`, `[J]` and `[K]`, number those that are alike: then
+    whole groups are drawn. NaN values are left out. Raises ValueError if fewer than two
+    values are left on either side, and for groups of another shape.
     """
-    x, y = (values[~values.isnan()].double().cpu()
-            for values in (at_joins.flatten(), inside.flatten()))
+    sides = [values.flatten().double().cpu() for values in (at_joins, inside)]
+    numbers = groups or [torch.arange(len(values)) for values in sides]
+    if any(a.shape != b.shape for a, b in zip(numbers, sides, strict=True)):
+        raise ValueError("groups must number each value, not be of shapes "
+                         f"{[list(group.shape) for group in numbers]}")
+    x, y = (values[~values.isnan()] for values in sides)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} values at joins and {len(y)} inside are too few; "
                          "give at least 2 of each")
     wins = (x[:, None] > y).double() + 0.5 * (x[:, None] == y)
     generator = torch.Generator().manual_seed(seed)
     counts = []
-    for n in (len(x), len(y)):
-        draws = torch.randint(n, (resamples, n), generator=generator)
-        times = [row.bincount(minlength=n) for row in draws]
-        counts.append(torch.stack(times).double())
-    drawn = ((counts[0] @ wins) * counts[1]).sum(1) / wins.numel()
+    for values, group in zip(sides, numbers, strict=True):
+        names, which = group[~values.isnan()].unique(return_inverse=True)
+        draws = torch.randint(len(names), (resamples, len(names)), generator=generator)
+        times = [row.bincount(minlength=len(names)) for row in draws]
+        counts.append(torch.stack(times)[:, which].double())
+    drawn = ((counts[0] @ wins) * counts[1]).sum(1)
+    drawn /= counts[0].sum(1) * counts[1].sum(1)
     low, high = drawn.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return Excess(float(wins.mean()), low, high)
 

@@ -178,6 +178,18 @@ def test_interval_shrinks_with_the_sample():
     assert many.high - many.low < 0.3 * (few.high - few.low)
 
 
+def test_an_interval_of_excess_is_over_groups():
+    """Values of one group are alike: a thousand in forty groups leave more to chance than they would alone."""
+    rows = [torch.randn(40, 1, generator=seed(s)).expand(40, 25).flatten() for s in (0, 1)]
+    groups = tuple(torch.arange(40).repeat_interleave(25) for _ in rows)
+    grouped, alone = excess(*rows, groups=groups), excess(*rows)
+    assert grouped.auc == alone.auc and grouped.high - grouped.low > 3 * (alone.high - alone.low)
+    rows[0][:25] = torch.nan    # all of one group
+    assert excess(*rows, groups=groups) == excess(rows[0][25:], rows[1], groups=(groups[0][25:], groups[1]))
+    with pytest.raises(ValueError, match=r"groups must number each value, not be of shapes \[\[999\], \[1000\]\]"):
+        excess(*rows, groups=(groups[0][1:], groups[1]))
+
+
 def test_a_planted_fade_is_drift_and_no_join(neighbours):
     waves = torch.stack(neighbours)
     fade = 10 ** (-torch.arange(BLOCKS * BLOCK) / BLOCK / 20)  # 1 dB a block

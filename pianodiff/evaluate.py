@@ -28,6 +28,7 @@ from torch import Tensor
 
 from . import NUM_STEPS, SAMPLER
 from .audio import SpectrogramConfig, to_mp3
+from .classifier import classifier_section
 from .data import open_store
 from .distance import distance_section, farther, load_embedding
 from .files import plain, write_whole
@@ -259,7 +260,7 @@ def _sections(comparison: Comparison, embeddings: Sequence[Any],
                 drift_section(comparison)]
     if training is not None:
         sections.append(novelty_section(comparison, training, transpose, cache))
-    return sections
+    return [*sections, classifier_section(comparison)]
 
 
 def _check(blocks: int, transpose: int, seed: int, embeddings: Sequence[str]) -> None:

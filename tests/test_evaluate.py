@@ -14,7 +14,7 @@ from pianodiff import Piano
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig
 from pianodiff.cli import main
 from pianodiff.data import prepare
-from pianodiff.evaluate import _check_reference, evaluate, plot_training, training_curves
+from pianodiff.evaluate import _check_reference, evaluate, plot_training, training_curves, write_report
 from pianodiff.model import find_model
 
 CFG = SpectrogramConfig()
@@ -73,14 +73,29 @@ def test_the_report_is_whole_and_the_same_twice(music, tmp_path, capsys):
         assert {row: found[0] for row, found in split.items()} == pytest.approx(
             {row: as_json[0]["distances"][name][row]["frechet"] for row in split}, rel=1e-4)
     page = (tmp_path / "a.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and "<audio" in page and page.count("data:image/png") == 6
+    assert not re.search(r'(src|href)="(?!data:)', page) and "<audio" in page and page.count("data:image/png") == 7
     assert "Over 20 random splits by title, other real music lies" in page
     for row in ("real", "retrieved", "model: made", "shifted", "shuffled", "noise"):
         assert f"<td>{row}</td>" in page
     assert "<h2>What is not made of notes</h2>" in page and as_json[0]["not_notes"]["model"]["pieces"] == 4
+    rows = as_json[0]["told_apart"]
+    assert list(rows) == ["real", "model", "noise"] and "<h2>Told apart</h2>" in page
+    assert rows["model"]["blocks"] == [12, 12] and rows["model"]["pieces"][0] == 4 and rows["noise"]["auc"] > 0.9
     assert "residue" in as_json[0]["joins"]["strangers"] and "residue" not in as_json[0]["joins"]["model"]
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["a.html", "a.json", "b.html", "b.json"]
+
+
+@pytest.mark.parametrize("model", ["nano", "base"])
+def test_a_report_without_the_sections_of_today_still_makes_a_page(model, tmp_path):
+    """Figures from before notes were looked for, or a network was asked, give the page that they gave then."""
+    older = json.loads((find_model(model) / "report.json").read_text())
+    for section in ("told_apart", "not_notes"):
+        older.pop(section, None)
+    write_report(tmp_path / "older.html", older, [], CFG)
+    page = (tmp_path / "older.html").read_text()
+    assert "<h2>The joins</h2>" in page and "Told apart" not in page and "made of notes" not in page
+    assert json.loads((tmp_path / "older.json").read_text()) == older
 
 
 @pytest.mark.filterwarnings("ignore:.*without full rank")

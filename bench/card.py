@@ -110,6 +110,7 @@ def music(reports: dict[str, dict[str, Any]]) -> str:
     real = report["joins"]["real neighbours"]["flux"]["auc"]
     rows += ["| probability that a join shows more flux than a block's middle | "
              + " | ".join(f"{auc:.2f}" for auc in [*flux, real]) + " | |"]
+    rows += told_apart(reports)
     rows += ["| suspected copies: blocks as near to a training passage as the nearest 1 % of held-out music | "
              + " | ".join([*(f"{copies(own):.1%}" for own in reports.values()), "1 %"]) + " | |"]
     return ("Medians over blocks, then joins and copies. The white noise has the levels of real blocks. Where it comes "
@@ -125,6 +126,16 @@ def beside_notes(reports: dict[str, dict[str, Any]]) -> list[str]:
     columns = [*(found["model"] for found in tables), tables[0]["real"], tables[0]["noise"]]
     return ["| " + " | ".join([label, *(f"{row[key]:.{digits}f}" for row in columns)]) + " |"
             for key, (label, digits) in NOTES.items()]
+
+
+def told_apart(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """The row of that table about the network that listens; none if a report is older than it, or lacks the row."""
+    tables = [own.get("told_apart", {}) for own in reports.values()]
+    if not all({"real", "model", "noise"} <= table.keys() for table in tables):
+        return []
+    columns = [*(found["model"] for found in tables), tables[0]["real"], tables[0]["noise"]]
+    return ["| AUC of a small network that tells blocks from real ones (0.5 if it can't) | "
+            + " | ".join(f"{row['auc']:.2f}" for row in columns) + " |"]
 
 
 def copies(report: dict[str, Any]) -> float:

@@ -342,6 +342,20 @@ def test_the_table_tells_what_is_not_made_of_notes_once_all_reports_do(bench):
                                                          ["15.0", "15.0", "6.0", "18.0 |"]]
 
 
+def test_the_table_tells_how_surely_models_are_told_apart_once_all_reports_do(bench):
+    card = bench["card"]
+    reports = {model: report for model, (_, report) in card.models().items()}
+    for own in reports.values():
+        own.pop("told_apart", None)
+    before = card.music(reports)
+    for i, own in enumerate(reports.values()):
+        assert card.music(reports) == before
+        aucs = {"real": 0.51, "model": 0.97, "noise": 1}
+        own["told_apart"] = {row: {"auc": auc - i / 100} for row, auc in aucs.items()}
+    added, = [line for line in card.music(reports).splitlines() if line not in before]
+    assert added.split(" | ")[1:] == ["0.97", "0.96", "0.51", "1.00 |"]
+
+
 def test_a_model_has_seen_what_its_ancestors_saw(bench):
     first = {"images": 1, "seconds": 0}
     training = {"images": 5, "seconds": 1800, "ancestor": {"images": 7, "seconds": 5400, "ancestor": first}}

@@ -323,7 +323,6 @@ def evaluate(
         "sampling": drawn(model, sampling) if model else None,
         "seconds": {"making": round(middle - begin, 1) if model else 0.0,
                     "evaluating": round(time.perf_counter() - middle, 1)}}
-    for section in sections:
-        results |= section.results
+    results |= {k: v for section in sections for k, v in section.results.items()}
     write_report(out, results, sections, cfg)
     return results

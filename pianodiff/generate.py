@@ -434,18 +434,17 @@ class Piano:
     tensor or an array, or the path of a sound file; one block long or longer, to go on
     from. `sampler` is one of SAMPLERS, with `num_steps` steps; `guidance` is the w of
     Eq. (guidance) of chapter 12, 1 for none, at the noise levels low < sigma <= high of
-    `guidance_interval`; None are the model's own. `callback` gets a `Progress` in each sampling step. Results are
-    on the CPU. A length, prompt or setting that can't be used raises ValueError, one of
-    another type TypeError.
+    `guidance_interval`; None are the model's own. `callback` gets a `Progress` in each
+    sampling step. Results are on the CPU. A length, prompt or setting that can't be
+    used raises ValueError, one of another type TypeError.
     """
 
     def __init__(self, net: UNet | str | os.PathLike[str] = "nano",
                  config: dict[str, Any] | None = None, device: Device = None) -> None:
-        net, self.config, self.guide = _opened(net, config, device)
-        self.net, self.device = _placed(net, device)
+        self.net, self.device, self.config, self.guide = _opened(net, config, device)
         self.cfg = SpectrogramConfig(**self.config["spectrogram"])
-        self.noise_levels = noise_levels(self.config)
         self.sampling = sampling_of(self.config)  # where nothing else is asked for
+        self.noise_levels = noise_levels(self.config)
         self.denoiser = Denoiser(self.net, self.config["sigma_data"],
                                  sigma_max=self.noise_levels["sigma_max"])
 
@@ -465,9 +464,9 @@ class Piano:
 
     def __repr__(self) -> str:
         millions = sum(weights.numel() for weights in self.net.parameters()) / 1e6
-        cfg, name = self.cfg, self.config.get("name")
-        return (f"Piano({name!r}: {millions:.3g} million parameters, blocks of "
-                f"{cfg.block_seconds:g} s at {cfg.sample_rate} Hz, on {self.device})")
+        blocks = f"{self.cfg.block_seconds:g} s at {self.cfg.sample_rate} Hz"
+        return (f"Piano({self.config.get('name')!r}: {millions:.3g} million "
+                f"parameters, blocks of {blocks}, on {self.device})")
 
     @_spelt_out
     def spectrogram(self, seconds: float, *, seed: Seed = None,
@@ -521,17 +520,18 @@ class Piano:
         return _stream(self, _asked(self, seconds, [seed], **how))
 
 # %% ../nbs/12_generate.ipynb #8a010020
-def _opened(net: Any, config: dict[str, Any] | None,
-            device: Device) -> tuple[UNet, dict[str, Any], Piano | None]:
-    """A network with its configuration, these or those of the model that `net` names,
-    and its guide.
+def _opened(
+    net: Any, config: dict[str, Any] | None, device: Device
+) -> tuple[UNet, torch.device, dict[str, Any], Piano | None]:
+    """A network on its device, the configuration, these or those of the model that
+    `net` names, and its guide.
     """
     if isinstance(net, str | os.PathLike) and config is None:
         net, config = load_model(find_model(net))
     if not (isinstance(net, UNet) and isinstance(config, dict)):
         raise TypeError("give a model's name, as in Piano('nano', device='cpu'), "
                         "or a network and its configuration")
-    return net, config, _guide_of(config, device)
+    return *_placed(net, device), config, _guide_of(config, device)
 
 
 def _guide_of(config: dict[str, Any], device: Device) -> Piano | None:

@@ -199,7 +199,7 @@ in Colab (<a href="https://colab.research.google.com">colab.research.google.com<
 and run it from its top.</em></p>"""
 
 
-def _widgets() -> dict[str, Any]:
+def _widgets(guidance: float) -> dict[str, Any]:
     """The studio's controls by name, and `box`, which lays them out."""
     # here, since it takes a while
     import ipywidgets as w  # type: ignore[import-untyped]
@@ -210,7 +210,7 @@ def _widgets() -> dict[str, Any]:
         "seconds": w.BoundedFloatText(8.0, min=0.1, max=600.0, description="seconds"),
         "steps": w.IntSlider(NUM_STEPS, min=1, max=60, description="steps"),
         "sampler": w.Dropdown(options=_SAMPLERS, value=SAMPLER, description="sampler"),
-        "guidance": w.FloatSlider(min=0.0, max=4.0, step=0.05,
+        "guidance": w.FloatSlider(guidance, min=0.0, max=4.0, step=0.05,
                                   description="guidance"),
         "prompt": w.FileUpload(accept="audio/*", description="go on from a file",
                                layout=auto),
@@ -258,9 +258,8 @@ class Studio:
 
     def __init__(self, piano: Any) -> None:
         self.piano, self.stop, self.thread = piano, Event(), Thread()
-        for name, widget in _widgets().items():
+        for name, widget in _widgets(piano.sampling.guidance).items():
             setattr(self, name, widget)
-        self.guidance.value = piano.sampling.guidance
         self.button.on_click(self._pressed)
         self.forget.on_click(lambda _: self.prompt.set_trait("value", ()))
 

@@ -120,22 +120,24 @@ def music(reports: dict[str, dict[str, Any]]) -> str:
 
 def beside_notes(reports: dict[str, dict[str, Any]]) -> list[str]:
     """Rows of that table about what is not made of notes; none if a report is older than this ruler."""
-    tables = [own["not_notes"] for own in reports.values() if "not_notes" in own]
-    if len(tables) < len(reports):
-        return []
-    columns = [*(found["model"] for found in tables), tables[0]["real"], tables[0]["noise"]]
+    columns = columns_of(reports, "not_notes")
     return ["| " + " | ".join([label, *(f"{row[key]:.{digits}f}" for row in columns)]) + " |"
-            for key, (label, digits) in NOTES.items()]
+            for key, (label, digits) in NOTES.items() if columns]
 
 
 def told_apart(reports: dict[str, dict[str, Any]]) -> list[str]:
     """The row of that table about the network that listens; none if a report is older than it, or lacks the row."""
-    tables = [own.get("told_apart", {}) for own in reports.values()]
-    if not all({"real", "model", "noise"} <= table.keys() for table in tables):
+    label = "AUC of a small network that tells blocks from real ones (0.5 if it can't)"
+    columns = columns_of(reports, "told_apart")
+    return ["| " + " | ".join([label, *(f"{row['auc']:.2f}" for row in columns)]) + " |"] if columns else []
+
+
+def columns_of(reports: dict[str, dict[str, Any]], section: str) -> list[dict[str, float]]:
+    """A section's figures, column by column of that table; none if a report lacks one of them."""
+    tables = [own.get(section, {}) for own in reports.values()]
+    if not all({"real", "model", "noise"} <= found.keys() for found in tables):
         return []
-    columns = [*(found["model"] for found in tables), tables[0]["real"], tables[0]["noise"]]
-    return ["| AUC of a small network that tells blocks from real ones (0.5 if it can't) | "
-            + " | ".join(f"{row['auc']:.2f}" for row in columns) + " |"]
+    return [*(found["model"] for found in tables), tables[0]["real"], tables[0]["noise"]]
 
 
 def copies(report: dict[str, Any]) -> float:

@@ -221,7 +221,8 @@ class Bench:
 
     def __init__(self, folder: Path, cache: Path, pieces: int, seconds: float, seed: int) -> None:
         self.folder, self.cache, self.pieces, self.seconds, self.seed = folder, cache, pieces, seconds, seed
-        self.cfg = Piano.from_pretrained(folder).cfg
+        model = Piano.from_pretrained(folder)
+        self.cfg, self.has_guide = model.cfg, model.guide is not None
         self.length = int(seconds * self.cfg.sample_rate) // self.cfg.block_samples
         self.piano: NoteSpectra | None = None
 
@@ -343,12 +344,12 @@ def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano
     settings = [bench.measured(*setting, **kept) for setting in tqdm(steps, "settings")]
     choice = cheapest(settings)
     chosen = choice["sampler"], choice["num_steps"], choice["rho"]
-    leads = GUIDES if Piano(folder).guide else [(w, GUIDANCE_INTERVAL) for w in GUIDANCE]
-    guided = [choice, *(bench.measured(*chosen, **kept, guidance=w, interval=within)
-                        for w, within in tqdm(leads, "guidance"))]
+    leads = GUIDES if bench.has_guide else [(w, GUIDANCE_INTERVAL) for w in GUIDANCE]
+    guided = [choice, *(bench.measured(*chosen, **kept, guidance=w, interval=levels)
+                        for w, levels in tqdm(leads, "guidance"))]
     controls = bench.controls()
     best = (cleanest(guided, controls["real"], [bench.level, controls["real"]["level"]])
-            if leads is GUIDES else smoothest(guided))
+            if bench.has_guide else smoothest(guided))
     show([*starts, *settings, *guided[1:]], controls)
     print(f"sigma_max {sigma_max:g}; the cheapest that keeps the rule: {choice['sampler']}, {choice['num_steps']} "
           f"steps, rho {choice['rho']:g}, {choice['evaluations']} evaluations; then guidance {best['guidance']:g} "

@@ -251,11 +251,12 @@ def invert(spec: Tensor, cfg: SpectrogramConfig, seed: int) -> Tensor:
     return to_wave(spec, cfg, n_iter=20, generator=generator)
 
 
-def _key(model: Path, *settings: Any) -> str:
-    """A name that depends on the model's files and the settings."""
+def _key(models: Sequence[Path], *settings: Any) -> str:
+    """A name that depends on the models' files and the settings."""
     digest = hashlib.sha256(repr(settings).encode())
-    for name in ("config.json", "model.safetensors"):
-        digest.update((model / name).read_bytes())
+    for model in models:
+        for name in ("config.json", "model.safetensors"):
+            digest.update((model / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -344,13 +345,15 @@ def make_pieces(
                          f"{max(pieces, 0) * blocks or 'no'} blocks of "
                          f"{cfg.block_seconds} s; give {least} or more")
     piano.stream(seconds, seed=seed)  # checks both, and makes nothing yet
+    guide = piano.config.get("guide")
+    models = [folder, find_model(guide)] if guide else [folder]
     end = seed + pieces
     batches = [range(first, min(first + _TOGETHER, end))
                for first in range(seed, end, _TOGETHER)]
     with _blocks_bar(pieces * blocks, folder.name) as report:
 
         def make(seeds: range, wait: bool) -> list[Piece]:
-            name = _key(folder, blocks, *astuple(sampling), seeds)
+            name = _key(models, blocks, *astuple(sampling), seeds)
             path = Path(cache) / f"{name}.safetensors"
             while True:
                 with _claimed(path) as mine:

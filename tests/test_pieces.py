@@ -13,6 +13,7 @@ from pianodiff.audio import SpectrogramConfig, save_audio, to_spectrogram
 from pianodiff.evaluate import evaluate
 from pianodiff.generate import Piano, Sampling, sampling_of
 from pianodiff.joins import retrieval_residue
+from pianodiff.model import find_model, load_model, save_model
 from pianodiff.pieces import Piece, Pieces, make_pieces, noise_like, read_pieces, retrieved, shifted, shuffled
 from pianodiff.synth import example_performance
 
@@ -132,6 +133,20 @@ def test_pieces_are_made_once_and_anew_where_settings_differ(tmp_path, monkeypat
             Sampling(num_steps=2, guidance_interval=(0.0, 2.0)))], 1):
         made_by_nano(tmp_path, pieces=1, **settings)
         assert len(list(tmp_path.iterdir())) == 1 + n
+
+
+def test_pieces_are_made_anew_where_the_guide_differs(tmp_path, monkeypatch):
+    net, config = load_model(find_model("nano"))
+    for name in ("model", "coarse"):
+        save_model(tmp_path / name, net, config | {"guide": "coarse" if name == "model" else None})
+    monkeypatch.setattr("pianodiff.generate.find_model", tmp_path.joinpath)
+    monkeypatch.setattr("pianodiff.pieces.find_model", tmp_path.joinpath)
+    settings = {"pieces": 1, "seconds": 2.1, "sampling": Sampling(num_steps=2)}
+    for bias, kept in ((0, 1), (0, 1), (1, 2)):
+        net.out.bias += bias
+        save_model(tmp_path / "coarse", net, config)
+        make_pieces("model", tmp_path / "cache", **settings)
+        assert len(list((tmp_path / "cache").iterdir())) == kept
 
 
 def test_interrupted_work_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -1,19 +1,26 @@
 """Whether a recording is continued in its own sound: on a piano never heard, and in rooms never heard.
 
-    python bench/continuation.py ../shared/data/asap-maestro-midi.zip \\
+    python bench/continuation.py ../shared/data/asap-maestro-midi.zip --home fluidr3.sf2 \\
         --unseen /usr/share/sounds/sf2/TimGM6mb.sf2 --piano salamander.sf2 --models nano base
 
-Six performances of the test split are played: two by the unseen piano, two by it in a room, two by a piano of the
-training in a room. The rooms are none of ROOMS. Each is continued, from the same seeds, and the continuation's
-spectrum is set against the prompt's: in bands of a third of an octave the tenth, fiftieth and ninetieth percentile of
-the level over time, in decibels, so that the room between the notes counts as the notes do. The distance is the root
-mean square of the differences, less their mean, since music may grow louder. What comes after the prompt in the same
-performance has a distance, too, and so have the prompt's two halves: music varies.
+The sound of a stretch of music is its spectrum: in bands of a third of an octave the tenth, fiftieth and ninetieth
+percentile of the level over time, in decibels, so that the room between the notes counts as the notes do, less their
+mean, since music may grow louder.
+
+First, how far a continuation's spectrum is from its prompt's: the root mean square of the differences. Six performances
+of the test split are played: two by the unseen piano, two by it in a room, two by a piano of the training in a room.
+The rooms are none of ROOMS. Each is continued, from the same seeds. But music varies: what comes after the prompt in
+the same performance has a distance, too, and so have the prompt's two halves, and these are hardly smaller.
+
+So then, what a change of the prompt's sound changes in its continuation. Each performance is played in all these
+sounds, and once more at home, by a piano of the training without a room. The notes are the same, so what differs in
+what follows the prompt is the sound, u. The model continues each prompt from the same seeds, and its continuations
+differ by v. Told are the share of u that is carried over, u·v / u·u, and the distance |v - u| / |u|: 0 where all is
+carried over, and 1 for a model that goes on with one sound, whatever it hears.
 """
 
 import json
 import statistics
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +30,13 @@ from torch import Tensor
 
 from pianodiff import Piano
 from pianodiff.audio import SpectrogramConfig, normalize_peak, to_spectrogram
-from pianodiff.recordings import Room, find_recordings, read_recording, reverberate_, room_response
+from pianodiff.recordings import Recording, Room, find_recordings, read_recording, reverberate_, room_response
 
 UNSEEN_ROOMS = Room((9, 6, 4), 0.6, 1.0), Room((24, 15, 9), 1.3, 2.5)
 PROMPT, NEW = 16.384, 16.384  # seconds
 SEEDS = range(4)
 QUANTILES = 0.1, 0.5, 0.9
+SOUNDS = "unseen piano", "unseen piano and room", "unseen room"
 
 
 def bands(cfg: SpectrogramConfig) -> Tensor:
@@ -40,57 +48,91 @@ def bands(cfg: SpectrogramConfig) -> Tensor:
 
 
 def colour(wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """Levels `[quantiles, bands]` in decibels of a wave `[T]`."""
+    """Levels `[quantiles, bands]` in decibels of a wave `[T]`, their mean taken off."""
     level = cfg.top_db * (bands(cfg) @ to_spectrogram(normalize_peak(wave)[0], cfg))
-    return level.quantile(torch.tensor(QUANTILES), dim=1)
+    levels = level.quantile(torch.tensor(QUANTILES), dim=1)
+    return levels - levels.mean()
 
 
-def spectral_distance(a: Tensor, b: Tensor, cfg: SpectrogramConfig) -> float:
-    """Root mean square in decibels, without the mean, of the difference of two waves' levels."""
-    difference = colour(a, cfg) - colour(b, cfg)
-    return float((difference - difference.mean()).square().mean().sqrt())
+def far(a: Tensor, b: Tensor) -> float:
+    """The root mean square of what two spectra differ by, in decibels."""
+    return float((a - b).square().mean().sqrt())
 
 
-def performances(source: str, pianos: list[str], rate: int) -> list[Tensor]:
-    """Six waves of prompt and what follows it: one from each composition's middle."""
+def chosen(source: str) -> list[Recording]:
+    """Six performances, each of another composition."""
     found = {r.title: r for r in find_recordings(source) if r.split == "test" and r.duration > 90}
-    waves = []
-    for i, title in enumerate(sorted(found)[:: max(1, len(found) // 6)][:6]):
-        wave = read_recording(found[title], source, rate, pianos[i // 4])
-        if i >= 2:
-            wave = reverberate_(wave, room_response(UNSEEN_ROOMS[i % 2], rate))
-        middle = len(wave) // 2
-        waves.append(wave[middle : middle + round((PROMPT + NEW) * rate)])
-    return waves
+    return [found[title] for title in sorted(found)[:: max(1, len(found) // 6)][:6]]
 
 
-def judge(piano: Piano, waves: list[Tensor], **how: Any) -> list[float]:
-    """The distance of each continuation from its prompt, median over the seeds."""
+def played(recording: Recording, source: str, piano: str, rate: int, room: Room | None = None) -> Tensor:
+    """The prompt and what follows it, from the middle of a performance."""
+    wave = read_recording(recording, source, rate, piano)
+    if room:
+        wave = reverberate_(wave, room_response(room, rate))
+    middle = len(wave) // 2
+    return wave[middle : middle + round((PROMPT + NEW) * rate)]
+
+
+def continued(piano: Piano, prompt: Tensor, **how: Any) -> Tensor:
+    """The spectra `[seeds, quantiles, bands]` of what a model makes of a prompt."""
+    made = piano.waves(NEW, list(SEEDS), prompt=prompt, **how)
+    return torch.stack([colour(wave.as_subclass(Tensor), piano.cfg) for wave in made])
+
+
+def carried(real: Tensor, made: Tensor) -> tuple[float, float]:
+    """How much of a change of sound is carried over, and how far the changes are apart, both as shares of the change.
+
+    Each is `[quantiles, bands]`; `made` may have seeds before, which are averaged.
+    """
+    made = made.reshape(-1, *real.shape).mean(0)
+    power = real.square().sum()
+    return float((real * made).sum() / power), float(((made - real).square().sum() / power).sqrt())
+
+
+def judge(piano: Piano, waves: list[list[Tensor]], **how: Any) -> dict[str, Any]:
+    """Distances of six continuations from their prompts, and what is carried over of each change of sound.
+
+    `waves` has a list for each performance: it at home, and in each of SOUNDS.
+    """
     half = round(PROMPT * piano.cfg.sample_rate)
-    found = []
-    for wave in waves:
-        prompt = wave[:half]
-        made = piano.waves(NEW, list(SEEDS), prompt=prompt, **how)
-        distances = [spectral_distance(m.as_subclass(Tensor), prompt, piano.cfg) for m in made]
-        found.append(float(torch.tensor(distances).median()))
-    return found
+    distances, changes = [], {sound: [] for sound in SOUNDS}
+    for i, (home, *others) in enumerate(waves):
+        from_home = continued(piano, home[:half], **how)
+        follows = colour(home[half:], piano.cfg)
+        for j, (sound, wave) in enumerate(zip(SOUNDS, others, strict=True)):
+            made = continued(piano, wave[:half], **how)
+            changes[sound].append(carried(colour(wave[half:], piano.cfg) - follows, made - from_home))
+            if j == i // 2:
+                prompt = colour(wave[:half], piano.cfg)
+                distances.append(statistics.median(far(spectrum, prompt) for spectrum in made))
+    return {"distances": distances, "carried": changes}
 
 
-def main(source: Annotated[str, tyro.conf.Positional], unseen: str, piano: str,
+def main(source: Annotated[str, tyro.conf.Positional], home: str, unseen: str, piano: str,
          models: tuple[str, ...] = ("nano", "base"), out: Path | None = None) -> None:
-    """Print distances in decibels, each recording's and their median."""
-    first = Piano(models[0])
-    waves = performances(source, [unseen, piano], first.cfg.sample_rate)
-    half = round(PROMPT * first.cfg.sample_rate)
-    far = partial(spectral_distance, cfg=first.cfg)
-    table = {"the prompt's two halves": [far(w[: half // 2], w[half // 2 : half]) for w in waves],
-             "what follows in the performance": [far(w[:half], w[half:]) for w in waves]}
-    for name in models:
-        table[name] = judge(Piano(name), waves)
+    """Print distances in decibels, and shares of the changes."""
+    cfg = Piano(models[0]).cfg
+    rate, half = cfg.sample_rate, round(PROMPT * cfg.sample_rate)
+    waves = [[played(recording, source, home, rate), played(recording, source, unseen, rate),
+              played(recording, source, unseen, rate, UNSEEN_ROOMS[i % 2]),
+              played(recording, source, piano, rate, UNSEEN_ROOMS[i % 2])]
+             for i, recording in enumerate(chosen(source))]
+    own = [sounds[1 + i // 2] for i, sounds in enumerate(waves)]
+    parts = [[colour(part, cfg) for part in wave[:half].chunk(2)] for wave in own]
+    follows = [(colour(w[:half], cfg), colour(w[half:], cfg)) for w in own]
+    table = {"the prompt's two halves": [far(*pair) for pair in parts],
+             "what follows in the performance": [far(*pair) for pair in follows]}
+    found = {name: judge(Piano(name), waves) for name in models}
+    table |= {name: row["distances"] for name, row in found.items()}
     for name, row in table.items():
-        print(f"{name:34s}", *(f"{value:5.1f}" for value in row), f"  median {statistics.median(row):.2f}")
+        print(f"{name[-34:]:34s}", *(f"{value:5.1f}" for value in row), f"  median {statistics.median(row):.2f}")
+    for name, row in found.items():
+        for sound, pairs in row["carried"].items():
+            share, apart = (statistics.fmean(column) for column in zip(*pairs, strict=True))
+            print(f"{name[-34:]:34s} {sound:22s} carried over {share:.2f}, apart {apart:.2f}")
     if out:
-        out.write_text(json.dumps(table))
+        out.write_text(json.dumps({"floor": table, "models": found}))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .unet import UNet, UNetConfig
 # %% ../nbs/08_model.ipynb #9525e9f8
 _OURS: dict[str, Any] = {
     "patch": 4, "attention": ("", "f+t", "ft"), "cond_channels": (32, 64, 96, 128),
-    "adaptive": True, "coordinates": True, "context": 16,
+    "adaptive": True, "coordinates": True, "context": 16, "seam": 8,
 }
 PRESETS = {
     "paper-128": UNetConfig(n_bins=128, n_frames=128),

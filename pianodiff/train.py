@@ -126,7 +126,8 @@ class _State:
         torch.manual_seed(seed_of(3, config.seed))
         self.net = UNet(config.network)
         if weights is not None:
-            self.net.load_state_dict(weights)
+            # parts that an older model lacks are new
+            self.net.load_state_dict(self.net.state_dict() | weights)
         last = torch.channels_last
         self.net.to(device, memory_format=last)  # type: ignore[call-overload]
         self.ema = PowerEMA(self.net, config.ema_std)
@@ -160,7 +161,8 @@ _RESUMABLE = ("images", "accumulate", "mixed_precision", "compile", "in_memory",
               "workers", "log_images", "eval_images", "checkpoint_images",
               "checkpoint_seconds", "snapshot_images")
 # what earlier runs did without
-_LATER = {"recolour": 0.0, "label_dropout": TrainConfig.label_dropout, "unet.labels": 0}
+_LATER = {"recolour": 0.0, "label_dropout": TrainConfig.label_dropout,
+          "unet.labels": 0, "unet.seam": 0}
 
 
 def _as_json(value: Any) -> Any:
@@ -199,14 +201,12 @@ def _from_model(
 ) -> tuple[_Facts, dict[str, Tensor]]:
     """The facts and weights of the model that a run starts from.
 
-    Labels that the model doesn't have start with weights of zero. Raises ValueError
-    where its network or spectrogram is not the run's.
+    Weights for labels and a seam may be missing. Raises ValueError where its network or
+    spectrogram is not the run's.
     """
     net, model = load_model(init)
-    theirs, weights, labels = net.config, net.state_dict(), config.network.labels
-    if labels and not theirs.labels:
-        theirs = replace(theirs, labels=labels)
-        weights["labels.weight"] = torch.zeros(theirs.emb_channels, labels)
+    theirs, labels, seam = net.config, config.network.labels, config.network.seam
+    theirs = replace(theirs, labels=theirs.labels or labels, seam=theirs.seam or seam)
     pairs = (("unet", _as_json(theirs), config.network),
              ("spectrogram", model["spectrogram"], info.cfg))
     for key, other, mine in pairs:
@@ -218,7 +218,7 @@ def _from_model(
     ancestor = {"name": model["name"], **_licence(model), **noise_levels(model),
                 **model["training"]}
     facts = _Facts(mean=model["mean"], std=model["std"], ancestor=ancestor)
-    return facts, weights
+    return facts, net.state_dict()
 
 # %% ../nbs/10_train.ipynb #b8061f41
 def _join(config: TrainConfig) -> Accelerator:

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Cond', 'UNetConfig', 'NoiseEmbedding', 'ResidualBlock', 'Attention', 'Coordinates', 'Stage', 'SpectrogramEmbedding',
-           'Past', 'UNet']
+           'Past', 'Seam', 'UNet']
 
 # %% ../nbs/06_unet.ipynb #a7d17df4
 import math
@@ -32,6 +32,7 @@ class UNetConfig:
     adaptive: bool = False  # embeddings scale and shift (AdaGN), or are added (DDPM++)
     coordinates: bool = False  # learned terms for each frequency row and time column
     context: int = 0  # columns of the previous block that stand before the noisy block
+    seam: int = 0  # columns beside the join that a small network corrects by the past
     labels: int = 0  # numbers that say how a recording's sound was changed
 
     def __post_init__(self) -> None:
@@ -78,6 +79,9 @@ def _check_config(config: UNetConfig) -> None:
     if type(context) is not int or context not in allowed:
         raise ValueError(f"context must be a multiple of {step} from 0 to "
                          f"{config.n_frames}, not {context!r}")
+    if type(config.seam) is not int or not 0 <= config.seam <= context:
+        raise ValueError(f"seam must be a whole number from 0 to context, {context}, "
+                         f"not {config.seam!r}")
     if type(config.labels) is not int or config.labels < 0:
         raise ValueError("labels must be a whole number from 0, "
                          f"not {config.labels!r}")
@@ -245,6 +249,12 @@ class Past(NamedTuple):
 Cond = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | Past | None
 
 
+def _columns_of(prev: Tensor, has_prev: Tensor, config: UNetConfig) -> Tensor:
+    """Those of the past, twice as large for a seam, zero where there is no past."""
+    columns = prev[..., config.n_frames - config.context :]
+    return columns * has_prev[:, None, None, None] * (2 if config.seam else 1)
+
+
 def _side_by_side(x: Tensor, past: Past, config: UNetConfig) -> Tensor:
     """The past's columns and the noisy block, folded; a channel marks the past."""
     h = F.pixel_unshuffle(torch.cat([past.columns, x], dim=3), config.patch)
@@ -254,6 +264,11 @@ def _side_by_side(x: Tensor, past: Past, config: UNetConfig) -> Tensor:
     mark = past.has_prev[:, None, None, None].to(x.dtype)
     mark = mark.expand(-1, 1, h.shape[2], columns)
     return torch.cat([h, F.pad(mark, (0, h.shape[3] - columns))], dim=1)
+
+
+def _block_of(h: Tensor, config: UNetConfig) -> Tensor:
+    """The block in a folded picture of past and block."""
+    return F.pixel_shuffle(h, config.patch)[..., config.context :]
 
 # %% ../nbs/06_unet.ipynb #094212dc
 def _expected(config: UNetConfig) -> str:
@@ -276,6 +291,32 @@ def _in_full(
     if told or labels is None:
         labels = told[0] if told else prev.new_zeros(len(prev), net.config.labels)
     return prev, has_prev.to(prev.device), labels
+
+# %% ../nbs/06_unet.ipynb #sea00005
+class Seam(nn.Module):
+    """Corrects the first columns of an answer by the last ones before, Eq. (seam) of
+    chapter 6.
+
+    `answer` and the noisy `x` `[B, 1, F, W]`, `emb` `[B, emb_channels]`, `past` -> the
+    answer, of which `config.seam` columns are corrected where there is a past.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.columns, width = config.seam, 4 * config.seam
+        self.conv0 = nn.Conv1d(3 * config.seam, width, 5, padding=2)
+        self.conv1 = nn.Conv1d(width, width, 5, padding=2)
+        self.conv2 = _zero(nn.Conv1d(width, config.seam, 5, padding=2))
+        self.affine = nn.Linear(config.emb_channels, 2 * width)
+
+    def forward(self, answer: Tensor, x: Tensor, emb: Tensor, past: Past) -> Tensor:
+        n = self.columns
+        near = past.columns[..., -n:], x[..., :n], answer[..., :n]
+        h = self.conv0(torch.cat(near, dim=3)[:, 0].mT)  # columns as channels
+        scale, shift = self.affine(emb)[:, :, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(h * (scale + 1) + shift))
+        h = self.conv2(F.silu(h)).mT[:, None] * past.has_prev[:, None, None, None]
+        return answer + F.pad(h, (0, answer.shape[3] - n))
 
 # %% ../nbs/06_unet.ipynb #3e959162
 def _level(config: UNetConfig, level: int) -> tuple[nn.Module, ...]:
@@ -333,7 +374,9 @@ class UNet(nn.Module):
         self.middle = Stage(c[-1], c[-1], config.attention[-1], config)
         self.out_norm = _norm(c[0])
         self.out = _zero(nn.Conv2d(c[0], patch**2, 3, padding=1))
-        self.labels = _labels(config)  # last: the others are those of the same seed
+        # last: the others are those of the same seed
+        self.seam = Seam(config) if config.seam else None
+        self.labels = _labels(config)
 
     def encode(self, cond: Cond, batch: int = 1, labels: Tensor | None = None) -> Past:
         """What the network takes from `cond`; None: `batch` blocks without predecessor.
@@ -346,8 +389,7 @@ class UNet(nn.Module):
             return cond
         prev, has_prev, labels = _in_full(cond, batch, labels, self)
         vector = torch.where(has_prev[:, None], self.embedding(prev), self.null)
-        columns = prev[..., self.config.n_frames - self.config.context :]
-        return Past(vector, columns * has_prev[:, None, None, None], has_prev, labels)
+        return Past(vector, _columns_of(prev, has_prev, self.config), has_prev, labels)
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond = None) -> Tensor:
         past = self.encode(cond, len(x))
@@ -364,8 +406,8 @@ class UNet(nn.Module):
                 h = stage(torch.cat([h, skips.pop()], dim=1), emb)
             if level:
                 h = F.interpolate(self.narrow[level](h), scale_factor=2.0)
-        h = F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.config.patch)
-        return h[..., self.config.context :]
+        h = _block_of(self.out(F.silu(self.out_norm(h))), self.config)
+        return self.seam(h, x, emb, past) if self.seam else h
 
 # %% ../nbs/06_unet.ipynb #c280c914
 def _check_blocks(net: UNet, x: Tensor, past: Past) -> None:

@@ -57,7 +57,7 @@ def test_count_is_the_sum_over_the_layers(config):
         if isinstance(module, Attention):
             _, c, f, t = output.shape
             macs.append(2 * c * f * t * {"f": f, "t": t, "ft": f * t}[module.axis])
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, nn.Conv1d | nn.Conv2d):
             macs.append(module.weight.numel() * output[0, 0].numel())
         elif isinstance(module, nn.Linear):
             macs.append(module.weight.numel())
@@ -283,7 +283,7 @@ def test_a_model_of_another_format(model):
         load_model(model)
 
 
-@pytest.mark.parametrize("change", [{"emb_channels": 32}, {"channels": (16, 64)}, {"context": 0},
+@pytest.mark.parametrize("change", [{"emb_channels": 32}, {"channels": (16, 64)}, {"context": 0, "seam": 0},
                                     {"coordinates": False}, {"blocks": (1, 1)}, {"attention": ("f", "ft")}])
 def test_weights_of_another_shape(model, change):
     (model / "config.json").write_text(json.dumps({**CONFIG, "unet": asdict(replace(OURS, **change))}))

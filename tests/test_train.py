@@ -441,6 +441,17 @@ def test_a_model_gets_labels(store, whole, tmp_path):
         train(store, tmp_path / "other", replace(still, unet=replace(NETWORK, patch=2)), init=whole / "model")
 
 
+def test_a_model_gets_a_seam(store, tmp_path):
+    still, network = replace(CONFIG, images=4, lr=1e-9, snapshot_images=4), replace(NETWORK, context=8)
+    first = train(store, tmp_path / "first", replace(still, unet=network))
+    model = train(store, tmp_path / "run", replace(still, unet=replace(network, seam=8)), init=first)
+    weights, old = load_model(model)[0].state_dict(), load_model(first)[0].state_dict()
+    assert weights["seam.conv0.weight"].any() and weights["seam.conv2.weight"].abs().max() < 1e-6
+    torch.testing.assert_close({name: weights[name] for name in old}, old, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="differ in unet: seam was 8, is 0; choose the model's preset$"):
+        train(store, tmp_path / "less", replace(still, unet=network), init=model)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(store, tmp_path):
     config = replace(CONFIG, lr=1e30, warmup_images=0, checkpoint_images=4)
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) .* at step 1 \(after 4 blocks\): lower lr"):

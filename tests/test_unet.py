@@ -15,7 +15,7 @@ from pianodiff.unet import Attention, NoiseEmbedding, ResidualBlock, Spectrogram
 PLAIN = UNetConfig(n_bins=32, n_frames=16, channels=(8, 12, 16), blocks=(1, 2, 1), attention=("", "t", "ft"),
                    emb_channels=24, cond_channels=(8, 8))
 OURS = replace(PLAIN, n_bins=64, n_frames=32, patch=2, channels=(8, 64), blocks=(2, 1), attention=("f+t", "ft"),
-               adaptive=True, coordinates=True, context=8)
+               adaptive=True, coordinates=True, context=8, seam=4)
 BOTH = pytest.mark.parametrize("config", [PLAIN, OURS], ids=["plain", "ours"])
 
 
@@ -109,7 +109,7 @@ def test_the_end_of_the_block_before_stands_before_the_block():
     assert net(x, C_NOISE, (past, SOME)).shape == x.shape
     there, picture = SOME[:, None, None, None], F.pixel_shuffle(seen[0][:, :4], 2)
     assert torch.equal(picture[..., 8:], x)
-    assert torch.equal(picture[..., :8], torch.where(there, past[..., -8:], 0))
+    assert torch.equal(picture[..., :8], torch.where(there, 2 * past[..., -8:], 0))
     assert torch.equal(seen[0][:, 4:, :, :4], there.double().expand(-1, 1, 32, 4)) and not seen[0][:, 4:, :, 4:].any()
 
 
@@ -149,6 +149,34 @@ def test_labels_of_zero_change_nothing(config):
     for cond in ((past, SOME), past, None, net.encode((past, SOME))._replace(labels=None)):
         assert torch.equal(labelled(x, C_NOISE, cond), net(x, C_NOISE, cond))
     assert torch.equal(labelled(x, C_NOISE, (past, SOME, zeros)), net(x, C_NOISE, (past, SOME)))
+
+
+def test_a_seam_corrects_the_first_columns_by_the_last_ones_before():
+    plain, net = network(replace(OURS, seam=0)), network(OURS)
+    plain.load_state_dict({name: w for name, w in net.state_dict().items() if not name.startswith("seam.")})
+    x, past = blocks(OURS), blocks(OURS, seed=2)
+    encoded = net.encode((past, SOME))
+    added = net(x, C_NOISE, encoded) - plain(x, C_NOISE, encoded)
+    assert not added[..., 4:].any() and not added[~SOME].any() and added[SOME][..., :4].abs().min() > 0
+    assert torch.equal(net(x, C_NOISE, None), plain(x, C_NOISE, None))
+    answer, emb = blocks(OURS, seed=3), torch.randn(len(x), 24, dtype=x.dtype)
+    corrected = net.seam(answer, x, emb, encoded)
+    unseen = past.clone()  # but for the 4 columns beside the join, nothing counts
+    unseen[..., :-4] = 9
+    far_x, far_answer = x.clone(), answer.clone()
+    far_x[..., 4:], far_answer[..., 4:] = 9, 9
+    other = net.seam(far_answer, far_x, emb, net.encode((unseen, SOME)))
+    assert torch.equal(other[..., :4], corrected[..., :4])
+
+
+def test_a_seam_starts_as_nothing_and_leaves_the_other_weights_of_a_seed():
+    torch.manual_seed(0)
+    first = UNet(replace(OURS, labels=3, seam=0)).state_dict()
+    torch.manual_seed(0)
+    second = UNet(replace(OURS, labels=3)).state_dict()
+    assert not second["seam.conv2.weight"].any() and not second["seam.conv2.bias"].any()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {name.partition(".")[0] for name in second.keys() - first.keys()} == {"seam"}
 
 
 @BOTH
@@ -251,6 +279,8 @@ def test_spectrogram_embedding_hears_all_of_it():
     ({"attention": ("", "x", "")}, "along 'x'"), ({"attention": ("", "tf", "")}, "along 'tf'"),
     ({"n_bins": 30}, "30 x 16 .* multiples of 4,"), ({"n_frames": 18}, "32 x 18"), ({"patch": 3}, "multiples of 12,"),
     ({"cond_channels": (8,) * 5}, "multiples of 32,"),
+    ({"seam": -1}, "seam must be a whole number from 0 to context, 0, not -1"), ({"seam": 9, "context": 8}, "8, not 9"),
+    ({"seam": True}, "seam must be"), ({"seam": 1, "context": 0}, "to context, 0, not 1"),
     ({"labels": -1}, "labels must be a whole number from 0, not -1"), ({"labels": 1.0}, "labels must be"),
 ])
 def test_odd_configurations_are_refused_in_one_line(change, message):
@@ -280,7 +310,7 @@ def test_names_of_the_weights_are_stable():
         "down.0.1.block.conv1.bias", "down.0.0.attention.0.qkv.weight", "down.0.0.attention.1.out.bias",
         "down.1.0.block.skip.weight", "down.1.0.block.affine.weight", "middle.block.conv0.weight",
         "middle.attention.0.norm.bias", "up.1.0.block.norm1.weight", "up.0.1.block.skip.bias", "narrow.1.weight",
-        "out_norm.weight", "out.bias",
+        "out_norm.weight", "out.bias", "seam.conv0.weight", "seam.affine.bias",
     }
-    assert len(names) == 171 and not any("frequencies" in name for name in names)
+    assert len(names) == 179 and not any("frequencies" in name for name in names)
     assert UNet(OURS).state_dict()["down.1.0.block.affine.weight"].shape == (128, 24)

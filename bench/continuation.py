@@ -17,6 +17,8 @@ sounds, and once more at home, by a piano of the training without a room. The no
 what follows the prompt is the sound, u. The model continues each prompt from the same seeds, and its continuations
 differ by v. Told are the share of u that is carried over, u·v / u·u, and the distance |v - u| / |u|: 0 where all is
 carried over, and 1 for a model that goes on with one sound, whatever it hears.
+
+Files of `--recordings` are continued after their first half. Their distances stand beside those of their second halves.
 """
 
 import json
@@ -29,7 +31,7 @@ import tyro
 from torch import Tensor
 
 from pianodiff import Piano
-from pianodiff.audio import SpectrogramConfig, normalize_peak, to_spectrogram
+from pianodiff.audio import SpectrogramConfig, load_audio, normalize_peak, to_spectrogram
 from pianodiff.recordings import Recording, Room, find_recordings, read_recording, reverberate_, room_response
 
 UNSEEN_ROOMS = Room((9, 6, 4), 0.6, 1.0), Room((24, 15, 9), 1.3, 2.5)
@@ -74,9 +76,9 @@ def played(recording: Recording, source: str, piano: str, rate: int, room: Room 
     return wave[middle : middle + round((PROMPT + NEW) * rate)]
 
 
-def continued(piano: Piano, prompt: Tensor, **how: Any) -> Tensor:
+def continued(piano: Piano, prompt: Tensor, seconds: float = NEW, **how: Any) -> Tensor:
     """The spectra `[seeds, quantiles, bands]` of what a model makes of a prompt."""
-    made = piano.waves(NEW, list(SEEDS), prompt=prompt, **how)
+    made = piano.waves(seconds, list(SEEDS), prompt=prompt, **how)
     return torch.stack([colour(wave.as_subclass(Tensor), piano.cfg) for wave in made])
 
 
@@ -109,8 +111,17 @@ def judge(piano: Piano, waves: list[list[Tensor]], **how: Any) -> dict[str, Any]
     return {"distances": distances, "carried": changes}
 
 
+def of_recording(piano: Piano, wave: Tensor) -> tuple[float, float]:
+    """How far a recording's second half, and its continuations, are from its first half."""
+    first, second = wave.chunk(2)
+    prompt, rate = colour(first, piano.cfg), piano.cfg.sample_rate
+    made = continued(piano, first, len(second) / rate)
+    return far(colour(second, piano.cfg), prompt), statistics.median(far(spectrum, prompt) for spectrum in made)
+
+
 def main(source: Annotated[str, tyro.conf.Positional], home: str, unseen: str, piano: str,
-         models: tuple[str, ...] = ("nano", "base"), out: Path | None = None) -> None:
+         models: tuple[str, ...] = ("nano", "base"), recordings: tuple[Path, ...] = (),
+         out: Path | None = None) -> None:
     """Print distances in decibels, and shares of the changes."""
     cfg = Piano(models[0]).cfg
     rate, half = cfg.sample_rate, round(PROMPT * cfg.sample_rate)
@@ -131,6 +142,10 @@ def main(source: Annotated[str, tyro.conf.Positional], home: str, unseen: str, p
         for sound, pairs in row["carried"].items():
             share, apart = (statistics.fmean(column) for column in zip(*pairs, strict=True))
             print(f"{name[-34:]:34s} {sound:22s} carried over {share:.2f}, apart {apart:.2f}")
+    for name in models:
+        for file in recordings:
+            second, made = of_recording(Piano(name), load_audio(file, rate))
+            print(f"{name[-34:]:34s} {file.name:22s} second half {second:.1f}, continued {made:.1f}")
     if out:
         out.write_text(json.dumps({"floor": table, "models": found}))
 

@@ -199,10 +199,17 @@ def cost(trainings: dict[str, dict[str, Any]]) -> str:
 
 
 def models() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Configuration and report of each model that ships, the smallest first."""
-    folders = sorted(MODELS.iterdir(), key=lambda folder: (folder / "model.safetensors").stat().st_size)
+    """Configuration and report of each model that ships to be played, the smallest first."""
+    folders = sorted((path.parent for path in MODELS.glob("*/report.json")),
+                     key=lambda folder: (folder / "model.safetensors").stat().st_size)
     return {folder.name: tuple(json.loads((folder / name).read_text()) for name in ("config.json", "report.json"))
             for folder in folders}
+
+
+def guides() -> dict[str, dict[str, Any]]:
+    """The training of each model that ships without a report: it guides others."""
+    folders = {path.parent for path in MODELS.glob("*/config.json")} - {MODELS / name for name in models()}
+    return {folder.name: json.loads((folder / "config.json").read_text())["training"] for folder in sorted(folders)}
 
 
 def parts(shipped: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[Path, str]:
@@ -213,6 +220,8 @@ def parts(shipped: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[Pat
     cards = {MODELS / model / "README.md": f"It has seen {history(training)}.\n\n{losses(training)}\n"
              + "\n".join(measure({model: reports[model]}) for measure in (distances, music, sampled))
              for model, training in trainings.items()}
+    cards |= {MODELS / guide / "README.md": f"It has seen {history(training)}.\n\n{losses(training)}"
+              for guide, training in guides().items()}
     return cards | {ROOT / "README.md": f"{in_short(trainings, reports)}\n{sampled(reports)}",
                     ROOT / "book" / "bench.md": f"{ages}\n{distances(reports)}\n{music(reports)}\n{sampled(reports)}",
                     ROOT / "book" / "related.md": cost(trainings)}

@@ -13,12 +13,13 @@ import signal
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote
@@ -99,6 +100,14 @@ class Store:
             raise ValueError(f"the store {self.url} has no recordings of the split "
                              f"{split!r}; prepare that split too")
         return chosen
+
+    @cached_property
+    def piano(self) -> str:
+        """The piano on which most of the music is played; "" where none is noted."""
+        frames: Counter[str] = Counter()
+        for recording in self.recordings:
+            frames[recording.get("piano", "")] += recording["frames"]
+        return max(sorted(frames), key=frames.__getitem__, default="")
 
     @property
     def hours(self) -> dict[str, float]:
@@ -831,14 +840,16 @@ class BlockDataset(Dataset):
             return self.block(index)
         return self.block(index, int(torch.randint(self.info.cfg.n_frames, ())))
 
-    def room(self, index: int) -> tuple[float, float]:
-        """How wet the room of block `index` is, 0 to 1, and its T60 in seconds.
+    def stage(self, index: int) -> tuple[float, float, bool]:
+        """How wet the room of block `index` is, 0 to 1, its T60 in seconds, and whether
+        the piano is another than that of most of the store's music.
 
-        Both are 0 where the recording was prepared dry.
+        The numbers are 0 where the recording was prepared dry.
         """
-        which, _ = self._grid.place(index)
-        wet, seconds = self._frames.recordings[which].get("room", (0.0, 0.0))
-        return float(wet), float(seconds)
+        recording = self._frames.recordings[self._grid.place(index)[0]]
+        wet, seconds = recording.get("room", (0.0, 0.0))
+        other = recording.get("piano", "") != self.info.piano
+        return float(wet), float(seconds), other
 
     def block(self, index: int, offset: int = 0) -> dict[str, Any]:
         """Block `index` begun `offset` frames late, or as late as its recording allows.
@@ -857,9 +868,7 @@ class BlockDataset(Dataset):
         width = self._grid.width
         has_prev = start >= width
         frames = slice(start - width if has_prev else start, start + width)
-        if self._loaded:
-            codes = self._loaded[which][frames]
-        else:
-            codes = self._frames.read(which, frames)
+        codes = (self._loaded[which][frames] if self._loaded
+                 else self._frames.read(which, frames))
         prev = codes[:width] if has_prev else np.zeros_like(codes)
         return {"spec": codes[-width:], "prev": prev, "has_prev": has_prev}

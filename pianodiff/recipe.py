@@ -7,7 +7,7 @@ __all__ = ['LABELS', 'EVAL_SIGMAS', 'WAYS', 'TrainConfig', 'check_shape', 'learn
 
 # %% ../nbs/09_recipe.ipynb #f4927582
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
@@ -85,7 +85,8 @@ class TrainConfig:
 # %% ../nbs/09_recipe.ipynb #rec00014
 _BANDS = (125, 250, 500, 1000, 2000, 4000)  # Hz
 LABELS = ("gain", "tilt", *(f"{hz} Hz" for hz in _BANDS), "noise", "noise tilt",
-          "hum of 50 Hz", "hum of 60 Hz", "wet", "reverberation", "unknown")
+          "hum of 50 Hz", "hum of 60 Hz", "wet", "reverberation", "another piano",
+          "unknown")
 
 # %% ../nbs/09_recipe.ipynb #ccc961d0
 _POSITIVE = ("images", "batch_size", "accumulate", "lr", "P_std", "grad_clip",
@@ -184,12 +185,12 @@ class PowerEMA:
             mine.copy_(theirs)
 
 # %% ../nbs/09_recipe.ipynb #rec00002
-_COLOUR, _HUM, _ROOM = slice(0, 8), slice(10, 12), slice(12, 14)
+_COLOUR, _HUM, _STAGE = slice(0, 8), slice(10, 12), slice(12, 15)
 _UNKNOWN = torch.eye(len(LABELS))[-1]
 
 
 def draw_changes(config: TrainConfig, step: int) -> tuple[Tensor, Tensor]:
-    """What is changed in each block of a step, in units of LABELS, `[batch_size, 15]`,
+    """What is changed in each block of a step, in units of LABELS, `[batch_size, 16]`,
     and whose labels are withheld, bool `[batch_size]`.
 
     A pure function of the seed and the step.
@@ -204,7 +205,7 @@ def draw_changes(config: TrainConfig, step: int) -> tuple[Tensor, Tensor]:
     change = torch.stack([
         has_gain * (2 * gain - 1), has_tilt * (2 * tilt - 1), *(has_bands * bands),
         has_noise * (1 + 6 * noise) / 7, has_noise * -slope, hum * fifty, hum * ~fifty,
-        nothing, nothing, nothing], dim=1)
+        nothing, nothing, nothing, nothing], dim=1)
     change[chosen >= config.recolour] = 0
     return change, withheld < config.label_dropout
 
@@ -243,7 +244,7 @@ def recolour(spec: Tensor, change: Tensor, cfg: SpectrogramConfig,
     """Spectrograms `[B, 1, n_bins, T]` in [0, 1] as if recorded otherwise, Eq.
     (recolour) of chapter 9.
 
-    `change` `[B, 15]` is in units of LABELS; room and "unknown" change nothing. The
+    `change` `[B, 16]` is in units of LABELS, of which the last four change nothing. The
     generator draws the noise. A change of zeros gives back the same numbers.
     """
     colour, octaves, mains = _curves(cfg)
@@ -290,6 +291,11 @@ def _collate(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch | {"has_prev": torch.tensor([block["has_prev"] for block in blocks])}
 
 
+def _stage_of(dataset: BlockDataset, indices: Iterable[int]) -> Tensor:
+    """What LABELS tell of where and on what blocks are played, `[n, 3]`."""
+    return torch.tensor([dataset.stage(i) for i in indices], dtype=torch.float32)
+
+
 def draw_batch(
     dataset: BlockDataset, count: int, config: TrainConfig, step: int,
     rank: int = 0, world: int = 1,
@@ -297,7 +303,7 @@ def draw_batch(
     """The training blocks of process `rank` of `world` at `step`.
 
     {"spec", "prev": `[b, 1, F, W]`, "has_prev": `[b]`}, and for a network with labels
-    "labels": `[b, 15]`. `spec` and `prev` are uint8, as they are stored: a GPU gets a
+    "labels": `[b, 16]`. `spec` and `prev` are uint8, as they are stored: a GPU gets a
     quarter of the bytes, and `standardise` scales them.
     A pure function of the seed and the step, of which each process takes its share. The
     first `count` blocks of the data set come in a new order each epoch, each once, at a
@@ -318,7 +324,7 @@ def draw_batch(
     if config.network.labels:
         change, withheld = (t.chunk(world)[rank] for t in draw_changes(config, step))
         _recolour_codes(blocks, change, dataset.info.cfg, config.seed, first)
-        change[:, _ROOM] = torch.tensor([dataset.room(i) for i in indices])
+        change[:, _STAGE] = _stage_of(dataset, indices)
         labels = {"labels": torch.where(withheld[:, None], _UNKNOWN, change)}
     batch = _collate(blocks)
     has_prev = batch["has_prev"] & keep.chunk(world)[rank]
@@ -431,6 +437,9 @@ def hold_out(
     most = min(config.eval_blocks, len(held) - first)
     picks = np.linspace(first, len(held) - 1, most).round().astype(int)
     batch = _collate([held.codes(int(i)) for i in picks])
+    if config.network.labels:
+        batch["labels"] = torch.zeros(most, len(LABELS))
+        batch["labels"][:, _STAGE] = _stage_of(held, picks)
     generator = torch.Generator().manual_seed(seed_of(4))
     noise = torch.randn(batch["spec"].shape, generator=generator)
     mine = slice(rank, None, world)

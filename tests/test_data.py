@@ -269,9 +269,9 @@ def test_rooms(takes, tmp_path, capsys):
     blocks = {split: BlockDataset(tmp_path / "whole", split, random_offset=False) for split in SPLITS}
     for split, data in blocks.items():
         expected = [rooms[r["id"]] for r in data.info.of(split) for _ in range(2)]    # two blocks each
-        assert [data.room(i) for i in range(len(data))] == expected
+        assert [data.stage(i)[:2] for i in range(len(data))] == expected
         with pytest.raises(IndexError):
-            data.room(len(data))
+            data.stage(len(data))
     assert main(["info", str(tmp_path / "whole")]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rooms")]
     for told, seconds in {"dry": 0, "0.4 s (30% wet)": 0.4, "4 s (60% wet)": 4}.items():
@@ -303,6 +303,11 @@ def test_pianos(tmp_path, monkeypatch, capsys):
         assert all(np.abs(group[id][:].T / 255 - expected.numpy()).max() < 0.5001 / 255 for id in ids)
         assert main(["info", str(tmp_path / "store")]) == 0
         assert f"{name} {len(ids)}" in capsys.readouterr().out
+    info, data = open_store(tmp_path / "store"), BlockDataset(tmp_path / "store", "train", random_offset=False)
+    noted = [r["piano"] for r in info.recordings if "piano" in r]
+    assert info.piano == max(sorted(set(noted)), key=noted.count)    # all are equally long
+    assert [data.stage(i)[2] for i in range(len(data))] == [
+        r.get("piano") != info.piano for r in info.of("train") for _ in range(len(data) // len(info.of("train")))]
     before = files(tmp_path / "store")
     for soundfont, rooms, told in [(fonts, "dry", ""), (fonts[0], "dry", "12 recordings kept as prepared before, with"),
                                    (fonts, "hall", "13 recordings kept")]:

@@ -54,7 +54,7 @@ def data(tmp_path_factory) -> BlockDataset:
     ({"recolour": 1.5}, "recolour must lie between 0 and 1, not 1.5"),
     ({"recolour": float("nan")}, "recolour must lie"),
     ({"label_dropout": -0.1}, "label_dropout must lie between 0 and 1, not -0.1"),
-    ({"unet": replace(CONFIG.network, labels=3)}, "unet.labels must be 0 or 15, not 3"),
+    ({"unet": replace(CONFIG.network, labels=3)}, "unet.labels must be 0 or 16, not 3"),
     ({"workers": float("nan")}, "workers must be a"), ({"checkpoint_seconds": 0}, "checkpoint_seconds must"),
 ])
 def test_bad_settings_are_named(wrong, message):
@@ -146,7 +146,7 @@ def test_changes_are_a_function_of_seed_and_step_and_may_be_withheld():
         assert not torch.equal(draw_changes(*other)[0], change)
     some = change != 0
     assert abs(some.any(1).float().mean() - 0.6 * 31 / 32) < 0.05 and abs(withheld.float().mean() - 0.2) < 0.05
-    assert not draw_changes(replace(config, recolour=0.0), 7)[0].any() and not change[:, -3:].any()
+    assert not draw_changes(replace(config, recolour=0.0), 7)[0].any() and not change[:, -4:].any()
     parts = {"gain": (-1, 1), "tilt": (-1, 1), "noise": (1 / 7, 1), "noise tilt": (-1, 0), "hum of 50 Hz": (1 / 9, 1),
              "hum of 60 Hz": (1 / 9, 1)}
     for name, (low, high) in parts.items():
@@ -158,7 +158,7 @@ def test_changes_are_a_function_of_seed_and_step_and_may_be_withheld():
 
 def test_a_batch_is_changed_and_its_labels_tell(data, monkeypatch):
     """The blocks, offsets and dropout stay; block and predecessor are changed alike."""
-    monkeypatch.setattr(data, "room", lambda index: (0.5, 1.5))
+    monkeypatch.setattr(data, "stage", lambda index: (0.5, 1.5, True))
     config = replace(CONFIG, batch_size=32, recolour=0.5, label_dropout=0.25)
     plain, batch = (draw_batch(data, len(data), some, 3) for some in (replace(config, recolour=0.0), config))
     change, withheld = draw_changes(config, 3)
@@ -166,7 +166,7 @@ def test_a_batch_is_changed_and_its_labels_tell(data, monkeypatch):
     assert torch.equal(batch["has_prev"], plain["has_prev"]) and 0 < withheld.sum() < 32
     assert batch["spec"].dtype == torch.uint8 and batch["spec"].stride() == plain["spec"].stride()
     told = change.clone()
-    told[:, -3:] = torch.tensor([0.5, 1.5, 0])
+    told[:, -4:] = torch.tensor([0.5, 1.5, 1, 0])
     told[withheld] = labels(unknown=1.0)
     assert torch.equal(batch["labels"], told)
     colours = change.clone()
@@ -178,6 +178,16 @@ def test_a_batch_is_changed_and_its_labels_tell(data, monkeypatch):
         quiet = ~change[:, 8:].any(1)
         assert torch.equal(batch[key][quiet], coloured[quiet].byte())
         assert (batch[key] >= coloured)[change[:, 8:].any(1)].all()
+
+
+def test_a_network_with_labels_is_told_where_the_validation_is_played(data, monkeypatch):
+    monkeypatch.setattr(BlockDataset, "stage", lambda self, index: (0.1 * index, 0.5, index % 2 == 1))
+    plain, told = (hold_out(data, replace(CONFIG, recolour=share)).blocks for share in (0.0, 0.5))
+    assert plain.keys() == {"spec", "prev", "has_prev"} and all(torch.equal(told[key], plain[key]) for key in plain)
+    wet, seconds, other = told["labels"][:, 12:15].T
+    indices = (wet * 10).round().int()
+    assert told["labels"].shape == (len(plain["spec"]), 16) and (seconds == 0.5).all() and wet.any()
+    assert torch.equal(other, (indices % 2).float()) and not told["labels"][:, [*range(12), 15]].any()
 
 
 def test_labels_reach_the_network(data):

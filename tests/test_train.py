@@ -432,7 +432,7 @@ def test_a_model_gets_labels(store, whole, tmp_path):
     still = replace(CONFIG, images=4, lr=1e-9, snapshot_images=4, recolour=1.0)
     model = train(store, tmp_path / "run", still, init=whole / "model")
     weights, old = load_model(model)[0].state_dict(), load_model(whole / "model")[0].state_dict()
-    assert weights.pop("labels.weight").shape == (16, 15)
+    assert weights.pop("labels.weight").shape == (16, 16)
     torch.testing.assert_close(weights, old, rtol=0, atol=1e-6)
     train(store, tmp_path / "more", still, init=model)
     with pytest.raises(ValueError, match="differ in unet: labels was 15, is 0; .* and set recolour: it has labels$"):

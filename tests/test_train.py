@@ -234,7 +234,7 @@ def test_a_run_of_before_goes_on_without_labels(store, whole, tmp_path):
         del about["identity"][name]
     save_checkpoint(tmp_path / "checkpoint.safetensors", tensors, about)
     train(store, tmp_path, replace(CONFIG, images=100))
-    with pytest.raises(ValueError, match=r"recolour was 0.0, is 0.5, unet.labels was 0, is 15; use its settings"):
+    with pytest.raises(ValueError, match=r"recolour was 0.0, is 0.5, unet.labels was 0, is 16; use its settings"):
         train(store, tmp_path, replace(CONFIG, recolour=0.5))
 
 
@@ -249,7 +249,7 @@ def test_a_run_with_labels_is_resumed_bit_for_bit(store, tmp_path):
     train(store, tmp_path / "again", replace(config, workers=2))
     assert_same_end(tmp_path / "again", tmp_path / "whole")
     net, about = load_model(tmp_path / "whole/model")
-    assert about["unet"]["labels"] == 15 and net.labels.weight.any() and about["name"] == "custom"
+    assert about["unet"]["labels"] == 16 and net.labels.weight.any() and about["name"] == "custom"
 
 
 def test_a_finished_run_returns_and_can_be_prolonged(store, whole, tmp_path, capsys):
@@ -435,7 +435,7 @@ def test_a_model_gets_labels(store, whole, tmp_path):
     assert weights.pop("labels.weight").shape == (16, 16)
     torch.testing.assert_close(weights, old, rtol=0, atol=1e-6)
     train(store, tmp_path / "more", still, init=model)
-    with pytest.raises(ValueError, match="differ in unet: labels was 15, is 0; .* and set recolour: it has labels$"):
+    with pytest.raises(ValueError, match="differ in unet: labels was 16, is 0; .* and set recolour: it has labels$"):
         train(store, tmp_path / "less", CONFIG, init=model)
     with pytest.raises(ValueError, match="differ in unet: patch was 4, is 2; choose the model's preset$"):
         train(store, tmp_path / "other", replace(still, unet=replace(NETWORK, patch=2)), init=whole / "model")

@@ -6,9 +6,10 @@
 #   bench/gpu_training.sh train OUT 540    # there: models, logs and settings of 540 seconds, in files of at most 15 MiB
 #
 # SHARED holds data/ with the MIDI, FluidR3's piano and Salamander's samples, and gpu/pack-fluidsynth. There, Python 3.12
-# with PyTorch, accelerate and tensorboard is expected; wheels of the other packages travel along. Both pianos play, in
-# five rooms; three of seven recordings are dry. Both networks start from the weights that ship. Where no more than
-# 64 MiB travel at once, the first call leaves the weights behind, and the second .gpu/.
+# with PyTorch, accelerate and tensorboard is expected; wheels of the other packages travel along. Three of four
+# recordings are played by FluidR3's piano and one by Salamander's, five of nine without a room. Both networks start from
+# the weights that ship. Where no more than 64 MiB travel at once, the first call leaves the weights behind, and the
+# second .gpu/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 packed=.gpu data=${TMPDIR:-/tmp}/pianodiff
@@ -35,8 +36,8 @@ prepare() {
     tar -C "$data" -xJf "$packed/fluidsynth.tar.xz"
     xz -dc "$packed/salamander.sf2.xz" > "$data/salamander.sf2"
     LD_LIBRARY_PATH=$data/fluidsynth/lib python3 -m pianodiff prepare "$packed/asap-maestro-midi.zip" "$data/store" \
-        --soundfont "$packed/fluidr3-piano.sf2" "$data/salamander.sf2" --preset base --jobs 16 \
-        --rooms dry dry dry studio chamber hall church
+        --soundfont "$packed"/fluidr3-piano.sf2{,,} "$data/salamander.sf2" --preset base --jobs 16 \
+        --rooms dry dry dry dry dry studio chamber hall church
 }
 
 train() {
@@ -57,7 +58,7 @@ model() {
     images=$(python3 -c "print(int($2 * $3 * $4))")
     timeout --signal=INT --kill-after=20 "$(python3 -c "print(int($2 * $3 + 15))")" \
         python3 -m pianodiff train $data/store "$run" --init "$1" --images "$images" --batch-size 256 --lr 1e-3 \
-        --warmup-images 50000 --decay-fraction 0.5 --P-mean -0.2 --P-std 1.8 --recolour 0.5 --compile --workers 12 \
+        --warmup-images 50000 --decay-fraction 0.5 --P-mean -0.2 --P-std 1.8 --recolour 0.3 --compile --workers 12 \
         --eval-blocks 256 --eval-images 250000 --log-images 20000 --snapshot-images 1000000000 || echo "$1 was stopped"
 }
 

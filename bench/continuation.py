@@ -76,23 +76,22 @@ def played(recording: Recording, source: str, piano: str, rate: int, room: Room 
     return wave[middle : middle + round((PROMPT + NEW) * rate)]
 
 
-def continued(piano: Piano, prompt: Tensor, seconds: float = NEW, **how: Any) -> Tensor:
+def continued(piano: Piano, prompt: Tensor, seconds: float = NEW) -> Tensor:
     """The spectra `[seeds, quantiles, bands]` of what a model makes of a prompt."""
-    made = piano.waves(seconds, list(SEEDS), prompt=prompt, **how)
+    made = piano.waves(seconds, list(SEEDS), prompt=prompt)
     return torch.stack([colour(wave.as_subclass(Tensor), piano.cfg) for wave in made])
 
 
 def carried(real: Tensor, made: Tensor) -> tuple[float, float]:
     """How much of a change of sound is carried over, and how far the changes are apart, both as shares of the change.
 
-    Each is `[quantiles, bands]`; `made` may have seeds before, which are averaged.
+    `real` is `[quantiles, bands]`; `made` `[seeds, quantiles, bands]`, of which the mean counts.
     """
-    made = made.reshape(-1, *real.shape).mean(0)
-    power = real.square().sum()
+    made, power = made.mean(0), real.square().sum()
     return float((real * made).sum() / power), float(((made - real).square().sum() / power).sqrt())
 
 
-def judge(piano: Piano, waves: list[list[Tensor]], **how: Any) -> dict[str, Any]:
+def judge(piano: Piano, waves: list[list[Tensor]]) -> dict[str, Any]:
     """Distances of six continuations from their prompts, and what is carried over of each change of sound.
 
     `waves` has a list for each performance: it at home, and in each of SOUNDS.
@@ -100,10 +99,10 @@ def judge(piano: Piano, waves: list[list[Tensor]], **how: Any) -> dict[str, Any]
     half = round(PROMPT * piano.cfg.sample_rate)
     distances, changes = [], {sound: [] for sound in SOUNDS}
     for i, (home, *others) in enumerate(waves):
-        from_home = continued(piano, home[:half], **how)
+        from_home = continued(piano, home[:half])
         follows = colour(home[half:], piano.cfg)
         for j, (sound, wave) in enumerate(zip(SOUNDS, others, strict=True)):
-            made = continued(piano, wave[:half], **how)
+            made = continued(piano, wave[:half])
             changes[sound].append(carried(colour(wave[half:], piano.cfg) - follows, made - from_home))
             if j == i // 2:
                 prompt = colour(wave[:half], piano.cfg)
@@ -123,7 +122,8 @@ def main(source: Annotated[str, tyro.conf.Positional], home: str, unseen: str, p
          models: tuple[str, ...] = ("nano", "base"), recordings: tuple[Path, ...] = (),
          out: Path | None = None) -> None:
     """Print distances in decibels, and shares of the changes."""
-    cfg = Piano(models[0]).cfg
+    pianos = {name: Piano(name) for name in models}
+    cfg = pianos[models[0]].cfg
     rate, half = cfg.sample_rate, round(PROMPT * cfg.sample_rate)
     waves = [[played(recording, source, home, rate), played(recording, source, unseen, rate),
               played(recording, source, unseen, rate, UNSEEN_ROOMS[i % 2]),
@@ -134,7 +134,7 @@ def main(source: Annotated[str, tyro.conf.Positional], home: str, unseen: str, p
     follows = [(colour(w[:half], cfg), colour(w[half:], cfg)) for w in own]
     table = {"the prompt's two halves": [far(*pair) for pair in parts],
              "what follows in the performance": [far(*pair) for pair in follows]}
-    found = {name: judge(Piano(name), waves) for name in models}
+    found = {name: judge(pianos[name], waves) for name in models}
     table |= {name: row["distances"] for name, row in found.items()}
     for name, row in table.items():
         print(f"{name[-34:]:34s}", *(f"{value:5.1f}" for value in row), f"  median {statistics.median(row):.2f}")
@@ -142,9 +142,10 @@ def main(source: Annotated[str, tyro.conf.Positional], home: str, unseen: str, p
         for sound, pairs in row["carried"].items():
             share, apart = (statistics.fmean(column) for column in zip(*pairs, strict=True))
             print(f"{name[-34:]:34s} {sound:22s} carried over {share:.2f}, apart {apart:.2f}")
-    for name in models:
-        for file in recordings:
-            second, made = of_recording(Piano(name), load_audio(file, rate))
+    for file in recordings:
+        wave = load_audio(file, rate)
+        for name in models:
+            second, made = of_recording(pianos[name], wave)
             print(f"{name[-34:]:34s} {file.name:22s} second half {second:.1f}, continued {made:.1f}")
     if out:
         out.write_text(json.dumps({"floor": table, "models": found}))

@@ -208,8 +208,8 @@ def models() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 def guides() -> dict[str, dict[str, Any]]:
     """The training of each model that ships without a report: it guides others."""
-    folders = {path.parent for path in MODELS.glob("*/config.json")} - {MODELS / name for name in models()}
-    return {folder.name: json.loads((folder / "config.json").read_text())["training"] for folder in sorted(folders)}
+    return {path.parent.name: json.loads(path.read_text())["training"] for path in sorted(MODELS.glob("*/config.json"))
+            if not path.with_name("report.json").is_file()}
 
 
 def parts(shipped: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[Path, str]:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pianodiff.model import PRESETS, count
 from pianodiff.unet import UNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("common", "samplers", "sound", "network", "generation", "training", "growth", "table", "scale", "gpu",
-           "card")
+           "card", "shapes")
 TINY = UNetConfig(n_bins=16, n_frames=8, channels=(8, 16), blocks=(1, 1), attention=("", "ft"), emb_channels=16,
                   cond_channels=(8, 8))
 
@@ -367,10 +368,35 @@ def test_a_model_has_seen_what_its_ancestors_saw(bench):
                                             "2 minutes on one GPU")
 
 
+def test_the_shapes_compared_cost_about_what_nano_does(bench):
+    found = {name: count(shape)[1] for name, shape in bench["shapes"].shapes().items()}
+    first, *others = found.values()
+    assert first == count(PRESETS["nano"])[1] and all(0.8 * first < macs < 1.5 * first for macs in others)
+
+
+def test_shapes_are_trained_for_equal_minutes_and_only_once(bench, tmp_path, monkeypatch, capsys):
+    shapes, asked = bench["shapes"], []
+
+    def trained(store, run, config):
+        asked.append(config.images)
+        assert config.unet == TINY and config.decay_fraction > 0
+        run.mkdir()
+        (run / "log.csv").write_text(f"images,seconds,{','.join(shapes.SIGMAS)}\n8,1,,,,,\n16,60,1,2,3,4,5\n")
+
+    monkeypatch.setattr(shapes, "shapes", lambda: {"one": TINY, "two": TINY})
+    monkeypatch.setattr(shapes, "steps", lambda *args, **how: lambda: 10.0)    # blocks a second
+    monkeypatch.setattr(shapes, "train", trained)
+    for _ in range(2):
+        shapes.main(Path("store"), tmp_path / "runs", minutes=0.8)
+    header, _, one, two = capsys.readouterr().out.splitlines()[:4]
+    assert asked == [480, 480] and header.startswith("| shape | blocks | minutes | val_0.1 |")
+    assert one.startswith("| one | 480 | 1 | 1 | 2 | 3 |") and two.startswith("| two |")
+
+
 def test_make_bench_runs_every_script():
     """But for those that measure nothing, and the study of quality by steps."""
     done = subprocess.run(["make", "--dry-run", "--always-make", "bench"], cwd=ROOT, capture_output=True, text=True)
     named = re.search(r"for name in (.*?); do", done.stdout).group(1).split()
-    others = {"common", "quality", "notes", "figures", "card", "gpu", "continuation"}    # the last is for a GPU
+    others = {"common", "quality", "notes", "figures", "card", "gpu", "continuation", "shapes"}    # `gpu` is for a GPU
     assert {*named} == {path.stem for path in (ROOT / "bench").glob("*.py")} - others
     assert named[-1] == "table"

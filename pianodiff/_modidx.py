@@ -175,6 +175,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'pianodiff.distance.Extrapolation': ('distance.html#extrapolation', 'pianodiff/distance.py'),
                                     'pianodiff.distance.LogMel': ('distance.html#logmel', 'pianodiff/distance.py'),
                                     'pianodiff.distance.LogMel.__call__': ('distance.html#logmel.__call__', 'pianodiff/distance.py'),
+                                    'pianodiff.distance.LogMel.__init__': ('distance.html#logmel.__init__', 'pianodiff/distance.py'),
                                     'pianodiff.distance.LogMel.levels': ('distance.html#logmel.levels', 'pianodiff/distance.py'),
                                     'pianodiff.distance.LogMel.points': ('distance.html#logmel.points', 'pianodiff/distance.py'),
                                     'pianodiff.distance.Moments': ('distance.html#moments', 'pianodiff/distance.py'),

@@ -559,8 +559,8 @@ def evaluate(generated: Annotated[str, tyro.conf.arg(metavar="GENERATED")],
         guidance_interval: the noise levels between which guidance is applied
         training: the store that the model was trained on, to search for copies
         transpose: search for copies up to this many semitones higher or lower
-        embeddings: logmel, vggish, vggish=FILE, or the name or folder of a Hugging Face
-            audio encoder
+        embeddings: logmel, levelled (the same without loudness), vggish, vggish=FILE,
+            or the name or folder of a Hugging Face audio encoder
         splits: only these of the reference's train, validation and test; all by default
         blocks: how many blocks of the reference to read
         seed: of what is drawn; the same seed gives the same figures

@@ -363,10 +363,15 @@ class LogMel:
 
     Mean, deviation, rises and falls over 32 ms. Deterministic and without weights. Sees
     timbre, register, loudness and how sharply notes begin and end; blind to harmony and
-    to slow rhythm. At least 3 frames of 128 samples at 8 kHz are needed.
+    to slow rhythm. Without `loudness`, each clip is first lifted to one mean level. At
+    least 3 frames of 128 samples at 8 kHz are needed.
     """
 
-    name, sample_rate = "logmel-24x4", 8000
+    sample_rate = 8000
+
+    def __init__(self, loudness: bool = True) -> None:
+        self.loudness = loudness
+        self.name = "logmel-24x4" if loudness else "levelled-24x4"
 
     def __call__(self, waves: Tensor, sample_rate: int) -> Tensor:
         """Points `[N, 96]` of the clips `[N, T]`.
@@ -378,7 +383,10 @@ class LogMel:
         if waves.shape[1] < 3 * cfg.hop_length:
             raise ValueError(f"{waves.shape[1]} samples at 8 kHz are too short for "
                              f"logmel; give clips of {3 * cfg.hop_length} or more")
-        return self.points(self.levels(to_spectrogram(waves, cfg), cfg))
+        levels = self.levels(to_spectrogram(waves, cfg), cfg)
+        if not self.loudness:
+            levels -= levels.mean((-2, -1), keepdim=True)
+        return self.points(levels)
 
     @staticmethod
     def levels(spec: Tensor, cfg: SpectrogramConfig) -> Tensor:
@@ -597,21 +605,22 @@ class Encoder:
 def load_embedding(name: str, device: str | None = None) -> Embedding:
     """The embedding called `name`.
 
-    `logmel`; `vggish` or `vggish=FILE`; else a Hugging Face name or a local folder.
+    `logmel`; `levelled`, the same without loudness; `vggish` or `vggish=FILE`; else a
+    Hugging Face name or a local folder.
     `device` is for the networks: by default a GPU if there is one. Raises
     FileNotFoundError where VGGish's weights are missing, and ValueError for what can't
     be loaded, with the remedy.
     """
-    if name == "logmel":
-        return LogMel()
+    if name in ("logmel", "levelled"):
+        return LogMel(loudness=name == "logmel")
     kind, _, file = name.partition("=")
     if kind == "vggish":
         return VGGish.load(file or None, device)
     # or the Hub would be asked for every slip of the pen
     if "/" not in name and not Path(name).is_dir():
-        raise ValueError(f"there is no embedding {name!r}; give logmel, vggish, "
-                         "vggish=FILE, or the folder or the Hub id (user/repo) of an "
-                         "audio encoder")
+        raise ValueError(f"there is no embedding {name!r}; give logmel, levelled, "
+                         "vggish, vggish=FILE, or the folder or the Hub id (user/repo) "
+                         "of an audio encoder")
     return Encoder(name, device)
 
 # %% ../nbs/14_distance.ipynb #aeee1e9e

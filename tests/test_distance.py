@@ -336,6 +336,18 @@ def test_logmel_hears_what_it_should():
     torch.testing.assert_close(LogMel()(clips[2:3], 8000), x[2:3], atol=1e-4, rtol=1e-4)
 
 
+def test_levelled_is_logmel_without_loudness():
+    clips = tones(4) + 0.01 * normal(4, 8192).float()    # well above the floor of -80 dB
+    levelled = load_embedding("levelled")
+    x = levelled(clips, 8000)
+    assert levelled.name != LogMel().name and x.shape == (4, 96)
+    torch.testing.assert_close(levelled(clips / 4, 8000), x, atol=0.03, rtol=0)
+    assert (LogMel()(clips / 4, 8000) - LogMel()(clips, 8000)).abs().max() > 1
+    torch.testing.assert_close(x[:, :24].mean(1), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x[:, 24:], LogMel()(clips, 8000)[:, 24:])
+    assert levelled(torch.zeros(1, 8192), 8000).isfinite().all()
+
+
 def test_logmel_resamples():
     slow, fast = tones(2, rate=8000), tones(2, rate=24000)
     torch.testing.assert_close(LogMel()(fast, 24000)[:, :16], LogMel()(slow, 8000)[:, :16], atol=0.3, rtol=0)
@@ -600,7 +612,7 @@ def test_what_is_no_encoder_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="can't be loaded as an audio encoder") as caught:
             load_embedding(name)
         assert "\n" not in str(caught.value) and name in str(caught.value)
-    with pytest.raises(ValueError, match="no embedding 'logmell'; give logmel, vggish, "):
+    with pytest.raises(ValueError, match="no embedding 'logmell'; give logmel, levelled, "):
         load_embedding("logmell")
 
 

@@ -90,7 +90,17 @@ def distances(reports: dict[str, dict[str, Any]]) -> str:
             f"{pieces} by a model and {controls['real']['pieces']} real ones;\nso few real pieces say little about "
             f"real music. Over {len(floor)} random splits by title, other real music lies {spread(floor)}\n"
             f"from the rest, by the Fréchet distance. Against the same references, {away}.\n"
-            "A model can lie nearer than other real music: its pieces are alike, and real pieces differ.\n")
+            "A model can lie nearer than other real music: its pieces are alike, and real pieces differ.\n"
+            + levelled(reports))
+
+
+def levelled(reports: dict[str, dict[str, Any]]) -> str:
+    """The same of clips at one level, from the reports that have it; nothing if none does."""
+    splits = {model: found for model, own in reports.items() for name, found in own["floors"].items()
+              if name.startswith("levelled")}
+    away = ", ".join(f"`{model}` {spread(found['model'])}" for model, found in splits.items())
+    return "" if not splits else ("Without loudness (`levelled`), other real music lies "
+                                  f"{spread(next(iter(splits.values()))['real'])} from the rest,\nand {away}.\n")
 
 
 def spread(values: list[float]) -> str:
@@ -159,14 +169,17 @@ def in_short(trainings: dict[str, dict[str, Any]], reports: dict[str, dict[str, 
               f"{_frechet(controls['real'])} for other real music, {_frechet(controls['noise'])} for white noise.",
               f"Notes a second: {of_each(lambda own: _notes(own, 'model'))}, {_notes(report, 'reference')} "
               "for real music.",
-              "Noise between the partials, as spectral flatness (less is cleaner): "
-              f"{of_each(lambda own: _flatness(own, 'model'))}, {_flatness(report, 'reference')} for real music.",
+              *_left_over(reports),
               f"Blocks suspected of being copies: {of_each(lambda own: f'{copies(own):.1%}')}, 1 % for held-out music."]
     return "".join(f"- {line}\n" for line in lines)
 
 
-def _flatness(report: dict[str, Any], whose: str) -> str:
-    return f"{report['statistics']['flatness'][whose]['median']:.1f} dB".replace("-", "−")
+def _left_over(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """What is not made of notes, from the reports that have this ruler."""
+    tables = {model: own["not_notes"] for model, own in reports.items() if "not_notes" in own}
+    figures = ", ".join(f"{table['model']['left_over']:.1%} for `{model}`" for model, table in tables.items())
+    real = {f"{table['real']['left_over']:.1%}" for table in tables.values()}
+    return [f"What is not made of a piano's notes: {figures}, {min(real)} for real music."] if tables else []
 
 
 def _frechet(row: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from pianodiff.recipe import TrainConfig
 from pianodiff.train import train
 from pianodiff.unet import UNetConfig
 
+BATCH = 32
 SIGMAS = ("val_0.1", "val_0.3", "val_1", "val_3", "val_10")
 
 
@@ -55,16 +56,21 @@ def costs(networks: dict[str, UNetConfig], runs: int = 15) -> dict[str, float]:
     return {name: 1000 * statistics.median(figures[name] for figures in rounds) for name in nets}
 
 
-def losses(store: Path, run: Path, shape: UNetConfig, minutes: float, batch: int = 32) -> dict[str, float]:
-    """Blocks seen in so many minutes of training, and the losses on blocks held out."""
-    speed = statistics.median(steps(shape, "cpu", batch, 4, compiled=False)() for _ in range(3))
-    images = int(60 * minutes * speed / batch) * batch
+def speeds(networks: dict[str, UNetConfig], runs: int = 3) -> dict[str, float]:
+    """Blocks a second through loss, gradient and step: the median of runs taken in turn."""
+    contenders = {name: steps(shape, "cpu", BATCH, 4, compiled=False) for name, shape in networks.items()}
+    rounds = [{name: speed() for name, speed in contenders.items()} for _ in range(runs)]
+    return {name: statistics.median(figures[name] for figures in rounds) for name in networks}
+
+
+def losses(store: Path, run: Path, shape: UNetConfig, images: int, batch: int = BATCH) -> dict[str, float]:
+    """The losses on blocks held out, after so many blocks."""
     config = TrainConfig(unet=shape, images=images, batch_size=batch, lr=1e-3, warmup_images=images // 10,
                          decay_fraction=0.6, ema_std=0.1, eval_images=images, snapshot_images=images, workers=1)
     train(store, run, config)
     with open(run / "log.csv") as file:
         last = [row for row in csv.DictReader(file) if row["val_1"]][-1]
-    return {"blocks": images, "minutes": float(last["seconds"]) / 60, **{name: float(last[name]) for name in SIGMAS}}
+    return {name: float(last[name]) for name in SIGMAS}
 
 
 def main(store: Path, runs: Path, /, minutes: float = 10.0, cores: Annotated[int, tyro.conf.arg(
@@ -75,9 +81,13 @@ def main(store: Path, runs: Path, /, minutes: float = 10.0, cores: Annotated[int
     done = json.loads(kept.read_text()) if kept.exists() else {}
     threads = torch.get_num_threads()
     torch.set_num_threads(cores)
+    if not done:    # all at first, so that they meet the same machine
+        for name, speed in speeds(networks).items():
+            done[name] = {"blocks": int(60 * minutes * speed / BATCH) * BATCH}
+        write_whole(kept, json.dumps(done, indent=1).encode())
     for number, (name, shape) in enumerate(networks.items()):
-        if name not in done:
-            done[name] = losses(store, runs / f"shape{number}", shape, minutes)
+        if SIGMAS[0] not in done[name]:
+            done[name] |= losses(store, runs / f"shape{number}", shape, done[name]["blocks"])
             write_whole(kept, json.dumps(done, indent=1).encode())
     torch.set_num_threads(threads)
     for name, milliseconds in costs(networks).items():

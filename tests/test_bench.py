@@ -389,8 +389,8 @@ def test_shapes_are_trained_for_equal_minutes_and_only_once(bench, tmp_path, mon
     for _ in range(2):
         shapes.main(Path("store"), tmp_path / "runs", minutes=0.8)
     header, _, one, two = capsys.readouterr().out.splitlines()[:4]
-    assert asked == [480, 480] and header.startswith("| shape | blocks | minutes | val_0.1 |")
-    assert one.startswith("| one | 480 | 1 | 1 | 2 | 3 |") and two.startswith("| two |")
+    assert asked == [480, 480] and header.startswith("| shape | blocks | val_0.1 | val_0.3 |")
+    assert one.startswith("| one | 480 | 1 | 2 | 3 |") and two.startswith("| two |")
 
 
 def test_make_bench_runs_every_script():

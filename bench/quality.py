@@ -11,10 +11,10 @@ Controls are other real music, the same through phase retrieval, and white noise
 
 First sigma_max, the noise that sampling starts from. A block's loudness is an average over all its pixels, which
 survives much noise; so the levels of many short pieces are compared here, as they come. The rule: the lowest sigma_max
-whose blocks are surely as loud, and as unlike in loudness, as those from the highest, with no distance more than five
-per cent above that at the lowest. Surely means that the 95 % interval of the difference, over pieces of equal seeds,
-lies within half a decibel for the median, and within one for the spread (10 to 90 %): less than an ear would tell. (The
-interval of one setting alone is far wider than what the start changes.)
+whose blocks are surely as loud, and as unlike in loudness, as those from the highest. No distance may be both more than
+five per cent above that at the lowest and beyond that of other real music. Surely means that the 95 % interval of the
+difference, over pieces of equal seeds, lies within half a decibel for the median, and within one for the spread (10 to
+90 %): less than an ear would tell. (The interval of one setting alone is far wider than what the start changes.)
 
 Then the steps, and rho, by which they are spread. From here on all is compared at one level: a gain for each setting
 brings the median level of its clips to the reference's. Coarse steps make louder music, and a model that plays too
@@ -24,11 +24,12 @@ The rule: of the settings without guidance that are surely within five per cent 
 cheapest. Surely means that for both distances, for what is left over beside notes and for their number, the upper end
 of the ratio's 95 % interval is at most 1.05. The interval is that of random halves of the pieces, the same of both
 settings, so that few pieces tell. The ratios of all dearer settings of that sampler and rho have to be within five per
-cent, too, so that no lucky draw is chosen.
+cent, too, so that no lucky draw is chosen. Where a measure is no larger than that of other real music, its ratio does
+not count: so near, it ranks nothing.
 
-With this setting pieces are made under guidance, at the noise levels of the default. Of the weights that surely keep
-all measures within five per cent, again, that is chosen whose joins are the hardest to tell, by whichever measure
-tells them best.
+With this sampler and rho, and no fewer steps than the default has, pieces are made under guidance, at the noise levels
+of the default. Of the weights that surely keep all measures within five per cent, again, that is chosen whose joins are
+the hardest to tell, by whichever measure tells them best.
 
 A model that has a guide is guided by that one, and differently: less far, and at other noise levels. This is to leave
 less over beside the notes, and it makes the music louder. So of the settings whose Fréchet distance is no larger than
@@ -55,7 +56,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pianodiff
-from pianodiff import GUIDANCE_INTERVAL
+from pianodiff import GUIDANCE_INTERVAL, NUM_STEPS
 from pianodiff.distance import LogMel, Moments, embed, frechet_distance, interval, kernel_distance_to
 from pianodiff.files import plain, write_whole
 from pianodiff.generate import Piano, Sampling
@@ -120,12 +121,15 @@ def loudness(levels: Tensor, highest: Tensor, seed: int) -> dict[str, Any]:
     return row
 
 
-def lowest_start(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of settings that differ in sigma_max alone, in rising order, the one that the first rule chooses."""
+def lowest_start(rows: list[dict[str, Any]], real: dict[str, Any]) -> dict[str, Any]:
+    """Of settings that differ in sigma_max alone, in rising order, the one that the first rule chooses.
+
+    `real` is the row of other real music.
+    """
     def keeps(row: dict[str, Any]) -> bool:
         near = all(-most <= end <= most
                    for name, most in TOLERANCE.items() for end in row[f"{name}_difference_interval"])
-        return (near and all(row[name] <= LIMIT * rows[0][name] for name in ("frechet", "kernel")))
+        return near and all(row[name] <= max(LIMIT * rows[0][name], real[name]) for name in ("frechet", "kernel"))
 
     return next(filter(keeps, rows), rows[-1])
 
@@ -163,17 +167,18 @@ def from_solution(made: Pieces, solution: Pieces) -> float:
     return made.cfg.top_db * float((firsts - ends).square().mean().sqrt())
 
 
-def within(setting: dict[str, Any], surely: bool) -> bool:
-    """Whether no measure is more than five per cent above the baseline's."""
-    return max(setting[f"{name}_ratio_interval"][1] if surely else setting[f"{name}_ratio"]
-               for name in MEASURES if f"{name}_ratio_interval" in setting) <= LIMIT
+def within(setting: dict[str, Any], surely: bool, real: dict[str, Any] | None = None) -> bool:
+    """Whether no measure is more than five per cent above the baseline's and larger than in `real` music."""
+    return all((setting[f"{name}_ratio_interval"][1] if surely else setting[f"{name}_ratio"]) <= LIMIT
+               or (real is not None and setting[name] <= real[name])
+               for name in MEASURES if f"{name}_ratio_interval" in setting)
 
 
-def cheapest(settings: list[dict[str, Any]]) -> dict[str, Any]:
-    """The setting that the rule above chooses; the baseline always keeps it."""
+def cheapest(settings: list[dict[str, Any]], real: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The setting that the rule above chooses; the baseline always keeps it. `real` is the row of other real music."""
     def keeps(setting: dict[str, Any]) -> bool:
-        return within(setting, surely=True) and all(
-            within(other, surely=False) for other in settings
+        return within(setting, True, real) and all(
+            within(other, False, real) for other in settings
             if all(other[key] == setting[key] for key in ("sampler", "rho"))
             and other["evaluations"] > setting["evaluations"])
 
@@ -187,7 +192,7 @@ def told(setting: dict[str, Any]) -> float:
 
 def smoothest(settings: list[dict[str, Any]]) -> dict[str, Any]:
     """Of settings that differ in guidance, the first without, the one that the rule above chooses."""
-    kept = [setting for setting in settings if within(setting, surely=True)]
+    kept = [setting for setting in settings if within(setting, True)]
     return min(kept or settings[:1], key=told)
 
 
@@ -338,16 +343,15 @@ def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano
     bench = Bench(folder, cache, pieces, seconds, seed)
     bench.read(reference, splits, blocks, most, soundfont)
 
-    starts = bench.starts(3 * pieces)
-    sigma_max = lowest_start(starts)["sigma_max"]
+    starts, controls = bench.starts(3 * pieces), bench.controls()
+    sigma_max = lowest_start(starts, controls["real"])["sigma_max"]
     kept = {"sigma_max": sigma_max, "baseline": bench.baseline(sigma_max)}
     settings = [bench.measured(*setting, **kept) for setting in tqdm(steps, "settings")]
-    choice = cheapest(settings)
-    chosen = choice["sampler"], choice["num_steps"], choice["rho"]
+    choice = cheapest(settings, controls["real"])
+    used = choice["sampler"], max(choice["num_steps"], NUM_STEPS), choice["rho"]
     leads = GUIDES if bench.has_guide else [(w, GUIDANCE_INTERVAL) for w in GUIDANCE]
-    guided = [choice, *(bench.measured(*chosen, **kept, guidance=w, interval=levels)
-                        for w, levels in tqdm(leads, "guidance"))]
-    controls = bench.controls()
+    guided = [bench.measured(*used, **kept), *(bench.measured(*used, **kept, guidance=w, interval=levels)
+                                               for w, levels in tqdm(leads, "guidance"))]
     best = (cleanest(guided, controls["real"], [bench.level, controls["real"]["level"]])
             if bench.has_guide else smoothest(guided))
     show([*starts, *settings, *guided[1:]], controls)

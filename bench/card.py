@@ -46,7 +46,7 @@ def history(training: dict[str, Any]) -> str:
     counts = [blocks for blocks, _ in totals.values()]
     if len(totals) == 1:
         return f"{counts[0]:,} blocks {times[0]}"
-    return f"{sum(counts):,} blocks: " + ", then ".join(f"{n:,} {time}" for n, time in zip(counts, times, strict=True))
+    return f"{sum(counts):,} blocks: " + ", and ".join(f"{n:,} {time}" for n, time in zip(counts, times, strict=True))
 
 
 def between(low: float, high: float, digits: int) -> str:
@@ -233,7 +233,7 @@ def parts(shipped: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[Pat
     cards = {MODELS / model / "README.md": f"It has seen {history(training)}.\n\n{losses(training)}\n"
              + "\n".join(measure({model: reports[model]}) for measure in (distances, music, sampled))
              for model, training in trainings.items()}
-    cards |= {MODELS / guide / "README.md": f"It has seen {history(training)}.\n\n{losses(training)}"
+    cards |= {MODELS / guide / "README.md": f"It has seen {history(training)}.\n\n{losses(training)}\n"
               for guide, training in guides().items()}
     return cards | {ROOT / "README.md": f"{in_short(trainings, reports)}\n{sampled(reports)}",
                     ROOT / "book" / "bench.md": f"{ages}\n{distances(reports)}\n{music(reports)}\n{sampled(reports)}",

@@ -19,6 +19,7 @@ from generation import settings
 from table import figure, newest
 
 import pianodiff
+from pianodiff.model import trainings
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"(?P<begin><!-- =(?P<name>[^>]*?) -->).*?(?P<end><!-- = -->)")
@@ -69,7 +70,8 @@ def figures() -> dict[str, str]:
         second, first = speed(model, here)
         found |= {f"{model} parameters": f"{parameters(model) / 1e6:.1f} million",
                   f"{model} 20 s": f"{figure(20 * second)} s", f"{model} first sound": f"{first:.2g} s",
-                  f"{model} hours": f"{config['training']['hours']['train']:.0f}",
+                  # of performances: later trainings may have heard them on several pianos
+                  f"{model} hours": f"{[*trainings(config)][-1]['hours']['train']:.0f}",
                   f"{model} 20 s energy": f"{between(*(20 * second * 2 * watts / 3600 for watts in WATTS), 2)} Wh"}
     second, first = speed("nano", gpu, steps=H200_STEPS)
     return found | {"H200 second": f"{second:.1g} s", "H200 first sound": f"{first:.2g} s"}

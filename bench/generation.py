@@ -6,15 +6,15 @@ from typing import Any
 
 from common import Record, append, compare, devices, seconds
 
-from pianodiff import GUIDANCE, NUM_STEPS, SAMPLER
+from pianodiff import NUM_STEPS, SAMPLER
 from pianodiff.generate import Piano
 
 
 def settings() -> dict[str, dict[str, Any]]:
     """The default of `generate`, and the paper's setting: 79 evaluations a block by Heun's method, unguided."""
-    found = [{"sampler": SAMPLER, "num_steps": NUM_STEPS, "guidance": GUIDANCE},
-             {"sampler": "heun", "num_steps": 40, "guidance": 1.0}]
-    return {"{sampler}, {num_steps} steps, guidance {guidance:g}".format_map(setting): setting for setting in found}
+    default, paper = {"sampler": SAMPLER, "num_steps": NUM_STEPS}, {"sampler": "heun", "num_steps": 40}
+    return {"{sampler}, {num_steps} steps, guided as the model asks".format_map(default): default,
+            "{sampler}, {num_steps} steps, guidance 1".format_map(paper): paper | {"guidance": 1.0}}
 
 
 def real_time(piano: Piano, *, length: float = 6.144, runs: int = 5) -> Record:

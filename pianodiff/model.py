@@ -92,7 +92,7 @@ def save_model(
 # %% ../nbs/08_model.ipynb #c467687c
 # where sampling starts, and how its steps are spread: see `noise_levels`
 NOISE_LEVELS: dict[str, dict[str, float]] = {
-    "nano": {"sigma_max": 250.0, "rho": 12.0},
+    "nano": {"sigma_max": 400.0, "rho": 30.0},
     "base": {"sigma_max": 250.0, "rho": 12.0},
 }
 

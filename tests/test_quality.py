@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_generate import LARGE, tiny_piano
 
-from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
+from pianodiff import NUM_STEPS, SAMPLER
 from pianodiff.audio import SPECTROGRAMS, save_audio
 from pianodiff.generate import Piano
 from pianodiff.model import find_model, noise_levels
@@ -40,7 +40,10 @@ def test_sampling_starts_as_low_as_the_level_allows(quality, rows, chosen):
     starts = [{"sigma_max": sigma, "frechet": frechet, "kernel": 1.0,
                "level_difference_interval": (level - 0.3, level + 0.3),
                "spread_difference_interval": (spread - 0.5, spread + 0.5)} for sigma, level, spread, frechet in rows]
-    assert quality.lowest_start(starts)["sigma_max"] == chosen
+    assert quality.lowest_start(starts, {"frechet": 0.9, "kernel": 0.9})["sigma_max"] == chosen
+    near = [row["sigma_max"] for row in starts if abs(sum(row["level_difference_interval"])) < 0.3
+            and abs(sum(row["spread_difference_interval"])) < 0.9]
+    assert quality.lowest_start(starts, {"frechet": 2.0, "kernel": 2.0})["sigma_max"] == near[0]  # nearer than music
 
 
 def test_a_setting_that_leaves_noise_between_the_partials_will_not_do(quality):
@@ -68,20 +71,30 @@ def test_the_cheapest_that_keeps_the_rule_with_all_dearer_ones_is_chosen(quality
     assert (found["sampler"], found["evaluations"]) == chosen
 
 
+def test_a_distance_below_that_of_real_music_ranks_nothing(quality):
+    rows = table(heun=HEUN, dpmpp_2m=[(12, 1.0, 1.3), (20, 1.0, 1.2)])
+    for row in rows:
+        row |= {"frechet": row["frechet_ratio"], "kernel": 0.01 * row["kernel_ratio"]}
+    assert quality.cheapest(rows, {"frechet": 0.5, "kernel": 0.005})["evaluations"] == 35
+    assert quality.cheapest(rows, {"frechet": 0.5, "kernel": 0.02})["evaluations"] == 12
+
+
 def test_the_default_is_the_choice_and_was_measured_with_the_weights_that_ship(quality):
     folder = find_model("nano")
     report = json.loads((folder / "steps.json").read_text())
     assert report["weights"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert quality.cheapest(report["settings"]).items() >= report["choice"].items()
-    assert report["choice"].items() >= {"sampler": SAMPLER, "num_steps": NUM_STEPS}.items()
-    guided = report["guidance"]
-    assert guided["settings"][0].items() >= report["choice"].items() and guided["settings"][0]["guidance"] == 1
-    assert quality.smoothest(guided["settings"])["guidance"] == guided["choice"] == GUIDANCE
-    assert guided["interval"] == list(GUIDANCE_INTERVAL)
+    choice, guided = report["choice"], report["guidance"]
+    assert quality.cheapest(report["settings"], report["controls"]["real"]).items() >= choice.items()
+    assert choice["sampler"] == SAMPLER and choice["num_steps"] <= NUM_STEPS  # no dearer setting is worse by the rule
+    assert guided["settings"][0].items() >= {"num_steps": NUM_STEPS, "rho": choice["rho"], "guidance": 1}.items()
+    real, config = report["controls"]["real"], json.loads((folder / "config.json").read_text())
+    best = quality.cleanest(guided["settings"], real, [report["reference"]["level"], real["level"]])
+    assert guided["choice"] == best["guidance"] == config["guidance"] and config["guide"] == "guide"
+    assert guided["interval"] == best["interval"] == config["guidance_interval"]
     start = report["sigma_max"]
-    assert quality.lowest_start(start["settings"])["sigma_max"] == start["choice"]
+    assert quality.lowest_start(start["settings"], real)["sigma_max"] == start["choice"]
     levels = {"sigma_max": start["choice"], "rho": report["choice"]["rho"]}
-    assert noise_levels(json.loads((folder / "config.json").read_text())) == levels
+    assert noise_levels(config) == levels
     assert {row["sigma_max"] for row in report["settings"]} == {start["choice"]}
 
 
@@ -116,6 +129,7 @@ def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypa
     monkeypatch.setattr(quality, "LADDER", [("heun", 2, 7.0), ("heun", 4, 7.0), ("dpmpp_2m", 4, 12.0)])
     monkeypatch.setattr(quality, "BASELINE", ("heun", 4, 7.0))
     monkeypatch.setattr(quality, "SOLUTION", ("heun", 4, 7.0))
+    monkeypatch.setattr(quality, "NUM_STEPS", 2)
     monkeypatch.setattr(quality, "GUIDANCE_INTERVAL", (0.0, 100.0))  # so few steps pass over the default
     tiny_piano(SPECTROGRAMS["nano"], LARGE).save_pretrained(tmp_path / "tiny")
     (tmp_path / "real").mkdir()

@@ -144,8 +144,8 @@ def info(model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "nano", /, *,
     """Tell what a model or a store holds, or how a sound was made.
 
     Args:
-        model: nano, base, the folder of a model or run, a Hub id (user/repo), a store,
-            or a sound file
+        model: nano, base, their guide, the folder of a model or run, a Hub id
+            (user/repo), a store, or a sound file
         all: print the whole configuration, and that of all earlier trainings
     """
     from pianodiff.audio import AUDIO_FORMATS

@@ -250,7 +250,7 @@ Cond = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | Past | N
 
 
 def _columns_of(prev: Tensor, has_prev: Tensor, config: UNetConfig) -> Tensor:
-    """Those of the past, twice as large for a seam, zero where there is no past."""
+    """Those of the past, or zeros. A seam wants them as large as the noisy block."""
     columns = prev[..., config.n_frames - config.context :]
     return columns * has_prev[:, None, None, None] * (2 if config.seam else 1)
 

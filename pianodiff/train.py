@@ -616,14 +616,14 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
             if saving:
                 _save(run)
                 saved = time.monotonic()
+            if on_snapshot and run.main and snapshot:
+                on_snapshot(run.folder / "model", run.images)
             if stopping:
                 progress.close()  # the last words stand below the bar
                 if run.main:
                     _tell(f"stopped after {counted(run.images, 'block')}; "
                           "the same command goes on from there")
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-            if on_snapshot and run.main and snapshot:
-                on_snapshot(run.folder / "model", run.images)
             clock = time.perf_counter()
 
 # %% ../nbs/10_train.ipynb #7f76db1b

@@ -219,6 +219,22 @@ def test_a_signal_ends_a_run_with_a_checkpoint(store, whole, tmp_path, capfd, nu
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("at", [46, 94])
+def test_a_stop_loses_no_snapshot(store, tmp_path, monkeypatch, at):
+    """It comes in the step whose snapshot is due: the resumed run begins after it."""
+    def rate(config, images):
+        if images == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return config.lr
+
+    monkeypatch.setattr("pianodiff.train.learning_rate", rate)
+    drawn = []
+    with pytest.raises(SystemExit):
+        train(store, tmp_path, CONFIG, on_snapshot=lambda model, images: drawn.append(images))
+    train(store, tmp_path, CONFIG, on_snapshot=lambda model, images: drawn.append(images))
+    assert drawn == [48, 96]
+
+
 def test_a_run_goes_on_only_as_it_was_begun(store, whole):
     with pytest.raises(ValueError, match="lr was 0.003, is 0.001; use its settings, or another run folder"):
         train(store, whole, replace(CONFIG, lr=1e-3))

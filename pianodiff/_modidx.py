@@ -75,6 +75,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'pianodiff.cli._check_outputs': ('cli.html#_check_outputs', 'pianodiff/cli.py'),
                                'pianodiff.cli._draw': ('cli.html#_draw', 'pianodiff/cli.py'),
                                'pianodiff.cli._flags': ('cli.html#_flags', 'pianodiff/cli.py'),
+                               'pianodiff.cli._guidance': ('cli.html#_guidance', 'pianodiff/cli.py'),
                                'pianodiff.cli._hand_on': ('cli.html#_hand_on', 'pianodiff/cli.py'),
                                'pianodiff.cli._heard': ('cli.html#_heard', 'pianodiff/cli.py'),
                                'pianodiff.cli._in_one_line': ('cli.html#_in_one_line', 'pianodiff/cli.py'),

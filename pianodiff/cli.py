@@ -69,7 +69,7 @@ def _in_short(piano: "Piano", folder: Path) -> dict[str, Any]:
     size = (folder / "model.safetensors").stat().st_size / 1e6
     facts = {"network": f"{config.get('name', 'custom')}, {size:.1f} MB, "
              f"{sum(p.numel() for p in piano.net.parameters()):,} parameters",
-             "block": _block(cfg)} | piano.noise_levels
+             "block": _block(cfg)} | piano.noise_levels | _guidance(piano)
     last, *before = [*trainings(config)] or [{}]
     if hours := last.get("hours"):
         facts["data"] = f"{last['data']}: {_by_split(hours)}"
@@ -89,6 +89,14 @@ def _in_short(piano: "Piano", folder: Path) -> dict[str, Any]:
         facts["licence"] = config["licence"]
     card = folder / "README.md"
     return facts | ({"card": str(card)} if card.is_file() else {})
+
+
+def _guidance(piano: "Piano") -> dict[str, str]:
+    """How a model is guided where nothing else is asked for; no row if it isn't."""
+    how, by = piano.sampling, piano.config.get("guide") or "what it does without a past"
+    low, high = how.guidance_interval
+    return {} if how.guidance == 1 else {
+        "guidance": f"{how.guidance:g}, away from {by}, at sigma {low:g} to {high:g}"}
 
 
 def _block(cfg: "SpectrogramConfig") -> str:

@@ -26,6 +26,7 @@ from test_generate import LARGE, tiny_piano
 
 import pianodiff.cli
 import pianodiff.terminal
+from pianodiff import GUIDANCE, GUIDANCE_INTERVAL
 from pianodiff.audio import SPECTROGRAMS, load_audio, save_audio, sound_facts, sound_file
 from pianodiff.cli import main
 from pianodiff.data import prepare
@@ -685,6 +686,9 @@ def test_a_disk_that_fills_while_writing(model):
     assert not os.listdir()
 
 
+LEVELS = "{:g} to {:g}".format(*GUIDANCE_INTERVAL)
+
+
 def test_info(model, capsys):
     config = json.loads(Path(model, "config.json").read_text())
     first = {"images": 100_000, "seconds": 3600}
@@ -700,6 +704,7 @@ def test_info(model, capsys):
     assert short["card"] == f"{model}/README.md"
     assert short["block"] == "32 x 32, 0.064 s at 8,000 Hz" and short["data"] == "music.zip: train 1.2 hours"
     assert short["trained"] == "400,000 blocks in 1.5 minutes, H100" and short["licence"] == "CC BY 4.0"
+    assert short["guidance"] == f"{GUIDANCE:g}, away from what it does without a past, at sigma {LEVELS}"
     assert short["before that"] == "200,000 blocks in 2.0 hours, cpu" and short["loss by sigma"] == "0.123 at 0.1"
     assert len(short) <= 12
     assert main(["info", model, "--all"]) == 0

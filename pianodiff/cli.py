@@ -92,11 +92,14 @@ def _in_short(piano: "Piano", folder: Path) -> dict[str, Any]:
 
 
 def _guidance(piano: "Piano") -> dict[str, str]:
-    """How a model is guided where nothing else is asked for; no row if it isn't."""
+    """How a model is guided where nothing else is asked for, and its expert."""
     how, by = piano.sampling, piano.config.get("guide") or "what it does without a past"
     low, high = how.guidance_interval
-    return {} if how.guidance == 1 else {
+    rows = {} if how.guidance == 1 else {
         "guidance": f"{how.guidance:g}, away from {by}, at sigma {low:g} to {high:g}"}
+    if expert := piano.config.get("expert"):
+        rows["expert"] = f"{expert}, at sigma above {piano.config['expert_above']:g}"
+    return rows
 
 
 def _block(cfg: "SpectrogramConfig") -> str:

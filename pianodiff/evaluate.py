@@ -198,9 +198,10 @@ def _settings_of(
 
 
 def drawn(model: Piano, sampling: Sampling) -> dict[str, Any]:
-    """How a model's pieces are drawn, as the report tells it, and by which guide."""
-    guide = {"guide": model.config["guide"]} if model.guide else {}
-    return asdict(sampling) | model.noise_levels | guide
+    """How a model's pieces are drawn, as the report tells it, and by which others."""
+    told = {key: model.config[key] for key in ("guide", "expert", "expert_above")
+            if model.config.get(key)}
+    return asdict(sampling) | model.noise_levels | told
 
 
 def _flags(pieces: int, seconds: float, sampling: Sampling) -> dict[str, Any]:

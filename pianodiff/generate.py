@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'Callback', 'Prompt', 'MAX_SECONDS', 'Seed', 'Device', 'P', 'T', 'draws', 'Sampling', 'sampling_of',
-           'guided', 'Progress', 'encoded', 'condition', 'blocks', 'Start', 'continue_from', 'wave_of', 'pieces_of',
-           'Task', 'Keywords', 'Piano']
+           'guided', 'experts', 'Progress', 'encoded', 'condition', 'blocks', 'Start', 'continue_from', 'wave_of',
+           'pieces_of', 'Task', 'Keywords', 'Piano']
 
 # %% ../nbs/12_generate.ipynb #27dbd319
 import difflib
@@ -131,6 +131,17 @@ def guided(denoise: Denoise, worse: Callable[[Tensor, Tensor], Tensor],
 
     return denoise_guided
 
+# %% ../nbs/12_generate.ipynb #8a0100e1
+def experts(strong: Callable[[Tensor, Tensor], Tensor], weak: Denoise,
+            level: float) -> Denoise:
+    """The denoiser of Eq. (experts) of chapter 12: `strong(x, sigma)` answers above
+    `level`, and `weak` up to it.
+    """
+    def denoise(x: Tensor, sigma: Tensor, past: Any) -> Tensor:
+        return strong(x, sigma) if sigma > level else weak(x, sigma, past)
+
+    return denoise
+
 # %% ../nbs/12_generate.ipynb #8a010013
 class Progress(NamedTuple):
     """Where a generation stands: what `callback` gets at every sampling step."""
@@ -160,18 +171,20 @@ def condition(piano: "Piano", prev: Tensor | None, count: int, how: Sampling,
     predecessors.
 
     `prev` `[count, 1, F, W]` is standardised; None stands for the null condition, which
-    takes no guidance without a guide. `unknown` is how a prompt was recorded.
+    takes no guidance without a guide. `unknown` is how a prompt was recorded. A model's
+    expert is guided as `how` tells, too.
     """
     past = encoded(piano.net, prev, count, unknown)
-    if how.guidance == 1 or (prev is None and piano.guide is None):
-        return piano.denoiser, past
-    worse = piano.guide or piano
-    other = encoded(worse.net, prev if piano.guide else None, count, unknown)
-
-    def answer(x: Tensor, sigma: Tensor) -> Tensor:
-        return worse.denoiser(x, sigma, other)
-
-    return guided(piano.denoiser, answer, how), past
+    denoise: Denoise = piano.denoiser
+    if how.guidance != 1 and (prev is not None or piano.guide is not None):
+        worse = piano.guide or piano
+        other = encoded(worse.net, prev if piano.guide else None, count, unknown)
+        denoise = guided(denoise, lambda x, sigma: worse.denoiser(x, sigma, other), how)
+    if piano.expert is not None:
+        early, before = condition(piano.expert, prev, count, how, unknown)
+        denoise = experts(lambda x, sigma: early(x, sigma, before), denoise,
+                          piano.config["expert_above"])
+    return denoise, past
 
 
 @torch.inference_mode()
@@ -441,7 +454,9 @@ class Piano:
 
     def __init__(self, net: UNet | str | os.PathLike[str] = "nano",
                  config: dict[str, Any] | None = None, device: Device = None) -> None:
-        self.net, self.device, self.config, self.guide = _opened(net, config, device)
+        self.net, self.device, self.config = _opened(net, config, device)
+        self.guide, self.expert = (_companion(self.config, role, device)
+                                   for role in ("guide", "expert"))
         self.cfg = SpectrogramConfig(**self.config["spectrogram"])
         self.sampling = sampling_of(self.config)  # where nothing else is asked for
         self.noise_levels = noise_levels(self.config)
@@ -461,6 +476,12 @@ class Piano:
         would be replaced.
         """
         save_model(folder, self.net, self.config)
+
+    @property
+    def companions(self) -> list[str]:
+        """The names of its guide, of its expert, and of the expert's guide."""
+        mine = [self.config[r] for r in ("guide", "expert") if self.config.get(r)]
+        return mine + (self.expert.companions if self.expert else [])
 
     def __repr__(self) -> str:
         millions = sum(weights.numel() for weights in self.net.parameters()) / 1e6
@@ -522,34 +543,36 @@ class Piano:
 # %% ../nbs/12_generate.ipynb #8a010020
 def _opened(
     net: Any, config: dict[str, Any] | None, device: Device
-) -> tuple[UNet, torch.device, dict[str, Any], Piano | None]:
-    """A network on its device, the configuration, these or those of the model that
-    `net` names, and its guide.
+) -> tuple[UNet, torch.device, dict[str, Any]]:
+    """A network on its device, and the configuration: these, or those of the model that
+    `net` names.
     """
     if isinstance(net, str | os.PathLike) and config is None:
         net, config = load_model(find_model(net))
     if not (isinstance(net, UNet) and isinstance(config, dict)):
         raise TypeError("give a model's name, as in Piano('nano', device='cpu'), "
                         "or a network and its configuration")
-    return *_placed(net, device), config, _guide_of(config, device)
+    return *_placed(net, device), config
 
 
-def _guide_of(config: dict[str, Any], device: Device) -> Piano | None:
-    """The smaller model that guides this one; None where the configuration names none.
+def _companion(config: dict[str, Any], role: str, device: Device) -> Piano | None:
+    """The model that guides this one, or the expert for much noise; None where the
+    configuration names none.
 
     Raises ValueError for one that sees other pictures.
     """
-    if not (name := config.get("guide")):
+    if not (name := config.get(role)):
         return None
     net, about = load_model(find_model(name))
     for fact in ("spectrogram", "mean", "std", "sigma_data"):
         theirs, ours = about[fact], config[fact]
         # means over one data set may differ in the last digit
         if theirs != ours and (fact == "spectrogram" or not math.isclose(theirs, ours)):
-            raise ValueError(f"the model {name!r} can't guide this one: its {fact} is "
-                             f"{about[fact]}, not {config[fact]}; take the line "
-                             "\"guide\" out of config.json")
-    return Piano(net, about | {"guide": None}, device)
+            raise ValueError(f"the model {name!r} can't be the {role} of this one: its "
+                             f"{fact} is {about[fact]}, not {config[fact]}; take the "
+                             f"line \"{role}\" out of config.json")
+    # a guide has no companions, and an expert keeps its guide
+    return Piano(net, about | {role: None, "expert": None}, device)
 
 
 def _placed(net: UNet, device: Device) -> tuple[UNet, torch.device]:

@@ -93,7 +93,7 @@ def save_model(
 # where sampling starts, and how its steps are spread: see `noise_levels`
 NOISE_LEVELS: dict[str, dict[str, float]] = {
     "nano": {"sigma_max": 400.0, "rho": 30.0},
-    "base": {"sigma_max": 250.0, "rho": 12.0},
+    "base": {"sigma_max": 400.0, "rho": 30.0},
 }
 
 
@@ -130,6 +130,17 @@ _SPECTROGRAM = {"sample_rate": int, "n_fft": int, "hop_length": int, "n_frames":
 _NUMBERS = _SPECTROGRAM | {"mean": float, "std": float, "sigma_data": float}
 
 
+def _check_companions(config: dict[str, Any]) -> None:
+    """Raise ValueError unless a guide and an expert are names, and its level is one."""
+    for role in ("guide", "expert"):
+        name = config.get(role) or "none"  # a name: no path, and no address
+        if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
+            raise ValueError(f"{role} is {name!r}, not the name of a model")
+    level: Any = config.get("expert_above", None if config.get("expert") else 1.0)
+    if type(level) not in (int, float) or not 0 < level < math.inf:
+        raise ValueError(f"expert_above is {level!r}, not a noise level")
+
+
 def _check_scale(config: dict[str, Any], shape: UNetConfig) -> None:
     """Raise an error unless the spectrogram fits and mean and std are numbers."""
     spectrogram = config["spectrogram"]
@@ -143,9 +154,7 @@ def _check_scale(config: dict[str, Any], shape: UNetConfig) -> None:
             raise ValueError(f"{name} is {value!r}")
     noise_levels(config)
     guidance_of(config)
-    guide = config.get("guide") or "none"  # a name: no path, and no address
-    if not (isinstance(guide, str) and re.fullmatch(r"[\w-]+", guide)):
-        raise ValueError(f"guide is {guide!r}, not the name of a model")
+    _check_companions(config)
     n_bins, n_frames = spectrogram["n_fft"] // 2, spectrogram["n_frames"]
     if (n_bins, n_frames) != (shape.n_bins, shape.n_frames):
         raise ValueError(f"a spectrogram of {n_bins}x{n_frames} "

@@ -345,8 +345,7 @@ def make_pieces(
                          f"{max(pieces, 0) * blocks or 'no'} blocks of "
                          f"{cfg.block_seconds} s; give {least} or more")
     piano.stream(seconds, seed=seed)  # checks both, and makes nothing yet
-    guide = piano.config.get("guide")
-    models = [folder, find_model(guide)] if guide else [folder]
+    models = [folder, *map(find_model, piano.companions)]
     end = seed + pieces
     batches = [range(first, min(first + _TOGETHER, end))
                for first in range(seed, end, _TOGETHER)]

@@ -167,7 +167,7 @@ def test_a_model_names_its_guide(tmp_path, monkeypatch):
     guided_one = Piano(piano.net, piano.config | {"guide": "coarse"})
     assert guided_one.guide.denoiser.sigma_data == 0.5 and piano.guide is None
     assert Piano(piano.net, piano.config | {"guide": "coarse", "mean": 0.4 + 1e-12}).guide
-    with pytest.raises(ValueError, match="'coarse' can't guide this one: its mean is 0.4, not 0.3; take"):
+    with pytest.raises(ValueError, match="'coarse' can't be the guide of this one: its mean is 0.4, not 0.3; take"):
         Piano(piano.net, piano.config | {"guide": "coarse", "mean": 0.3})
     for name in ("../coarse", "user/repo", 3):
         piano.save_pretrained(tmp_path / "mine")
@@ -175,6 +175,50 @@ def test_a_model_names_its_guide(tmp_path, monkeypatch):
         (tmp_path / "mine/config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="guide is .*, not the name of a model"):
             Piano(tmp_path / "mine")
+
+
+def test_an_expert_answers_above_its_level(tmp_path, monkeypatch):
+    """Its own past is encoded, and its own guide asked, as the settings tell."""
+    piano, expert, asked = tiny_piano(seed=0), tiny_piano(seed=1), []
+    tiny_piano(seed=2).save_pretrained(tmp_path / "coarse")
+    expert.config["guide"] = "coarse"
+    expert.save_pretrained(tmp_path / "strong")
+    monkeypatch.chdir(tmp_path)
+    both = Piano(piano.net, piano.config | {"expert": "strong", "expert_above": 1.0})
+    assert both.companions == ["strong", "coarse"] and both.guide is None and both.expert.guide is not None
+
+    def noted(name, denoiser):
+        plain = denoiser.forward
+        monkeypatch.setattr(denoiser, "forward", lambda x, s, past: asked.append((name, float(s))) or plain(x, s, past))
+
+    for name, denoiser in (("mine", both.denoiser), ("expert", both.expert.denoiser),
+                           ("guide", both.expert.guide.denoiser)):
+        noted(name, denoiser)
+    how = {"seed": 1, "num_steps": 6, "sampler": "euler", "guidance_interval": (0.0, math.inf)}
+    both.spectrogram(CFG.block_seconds, guidance=2.0, **how)
+    levels = [float(s) for s in karras_sigmas(6, **both.noise_levels)[:-1].float()]
+    strong = [s for s in levels if s > 1]
+    assert 0 < len(strong) < 6
+    mine = [("mine", s) for s in levels if s <= 1]
+    assert asked == [(name, s) for s in strong for name in ("expert", "guide")] + mine
+    for level, alone in ((1e9, piano), (1e-9, Piano("strong"))):  # one of them does all
+        one = Piano(piano.net, piano.config | {"expert": "strong", "expert_above": level})
+        torch.testing.assert_close(one.spectrogram(2 * CFG.block_seconds, guidance=1.0, **how),
+                                   alone.spectrogram(2 * CFG.block_seconds, guidance=1.0, **how))
+
+
+@pytest.mark.parametrize("facts, told", [
+    ({"expert": "../strong", "expert_above": 1.0}, "expert is '../strong', not the name of a model"),
+    ({"expert": "strong"}, "expert_above is None, not a noise level"),
+    ({"expert": "strong", "expert_above": 0}, "expert_above is 0, not a noise level"),
+    ({"expert": "strong", "expert_above": "1"}, "expert_above is '1', not a noise level"),
+    ({"expert_above": math.inf}, "expert_above is inf, not a noise level")])
+def test_an_expert_that_is_none(tmp_path, facts, told):
+    tiny_piano().save_pretrained(tmp_path / "mine")
+    config = json.loads((tmp_path / "mine/config.json").read_text()) | facts
+    (tmp_path / "mine/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(told)):
+        Piano(tmp_path / "mine")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

@@ -148,6 +148,21 @@ def test_pieces_are_made_anew_where_the_guide_differs(tmp_path, monkeypatch):
         assert len(list((tmp_path / "cache").iterdir())) == kept
 
 
+def test_pieces_are_made_anew_where_the_expert_or_its_guide_differs(tmp_path, monkeypatch):
+    net, config = load_model(find_model("nano"))
+    save_model(tmp_path / "model", net, config | {"guide": None, "expert": "strong", "expert_above": 1.0})
+    monkeypatch.setattr("pianodiff.generate.find_model", tmp_path.joinpath)
+    monkeypatch.setattr("pianodiff.pieces.find_model", tmp_path.joinpath)
+    settings = {"pieces": 1, "seconds": 2.1, "sampling": Sampling(num_steps=2)}
+    for changed, kept in (("", 1), ("strong", 2), ("", 2), ("coarse", 3)):
+        net.out.bias += bool(changed)
+        for name, facts in (("strong", {"guide": "coarse"}), ("coarse", {"guide": None})):
+            if changed in ("", name) and (changed or not (tmp_path / name).exists()):
+                save_model(tmp_path / name, net, config | facts)
+        make_pieces("model", tmp_path / "cache", **settings)
+        assert len(list((tmp_path / "cache").iterdir())) == kept
+
+
 def test_interrupted_work_goes_on_where_it_was(tmp_path, monkeypatch):
     spectrograms, calls = Piano.spectrograms, []
 

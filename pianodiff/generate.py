@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'Callback', 'Prompt', 'MAX_SECONDS', 'Seed', 'Device', 'P', 'T', 'draws', 'Sampling', 'sampling_of',
            'guided', 'experts', 'Progress', 'encoded', 'condition', 'blocks', 'Start', 'continue_from', 'wave_of',
-           'pieces_of', 'Task', 'Keywords', 'Piano']
+           'pieces_of', 'Task', 'Keywords', 'Piano', 'companions']
 
 # %% ../nbs/12_generate.ipynb #27dbd319
 import difflib
@@ -164,7 +164,7 @@ def encoded(net: UNet, prev: Tensor | None, count: int, unknown: bool) -> Past:
     labels[:, -1:] = unknown
     return net.encode(prev, count, labels)
 
-
+# %% ../nbs/12_generate.ipynb #8a0100f1
 def condition(piano: "Piano", prev: Tensor | None, count: int, how: Sampling,
               unknown: bool = False) -> tuple[Denoise, Past]:
     """The denoiser of `count` blocks, and the condition that it takes: the encoded
@@ -455,13 +455,11 @@ class Piano:
     def __init__(self, net: UNet | str | os.PathLike[str] = "nano",
                  config: dict[str, Any] | None = None, device: Device = None) -> None:
         self.net, self.device, self.config = _opened(net, config, device)
-        self.guide, self.expert = (_companion(self.config, role, device)
-                                   for role in ("guide", "expert"))
+        self.guide, self.expert = _companions(self.config, device)
         self.cfg = SpectrogramConfig(**self.config["spectrogram"])
         self.sampling = sampling_of(self.config)  # where nothing else is asked for
         self.noise_levels = noise_levels(self.config)
-        self.denoiser = Denoiser(self.net, self.config["sigma_data"],
-                                 sigma_max=self.noise_levels["sigma_max"])
+        self.denoiser = _denoiser(self)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str] = "nano",
@@ -476,12 +474,6 @@ class Piano:
         would be replaced.
         """
         save_model(folder, self.net, self.config)
-
-    @property
-    def companions(self) -> list[str]:
-        """The names of its guide, of its expert, and of the expert's guide."""
-        mine = [self.config[r] for r in ("guide", "expert") if self.config.get(r)]
-        return mine + (self.expert.companions if self.expert else [])
 
     def __repr__(self) -> str:
         millions = sum(weights.numel() for weights in self.net.parameters()) / 1e6
@@ -553,6 +545,24 @@ def _opened(
         raise TypeError("give a model's name, as in Piano('nano', device='cpu'), "
                         "or a network and its configuration")
     return *_placed(net, device), config
+
+
+def _denoiser(piano: Piano) -> Denoiser:
+    return Denoiser(piano.net, piano.config["sigma_data"],
+                    sigma_max=piano.noise_levels["sigma_max"])
+
+# %% ../nbs/12_generate.ipynb #8a0100f2
+def companions(piano: Piano) -> list[str]:
+    """The names of a model's guide, of its expert, and of the expert's guide."""
+    own = [piano.config[role] for role in ("guide", "expert") if piano.config.get(role)]
+    return own + (companions(piano.expert) if piano.expert else [])
+
+
+def _companions(
+    config: dict[str, Any], device: Device
+) -> tuple[Piano | None, Piano | None]:
+    """A model's guide and its expert."""
+    return _companion(config, "guide", device), _companion(config, "expert", device)
 
 
 def _companion(config: dict[str, Any], role: str, device: Device) -> Piano | None:

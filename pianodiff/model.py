@@ -140,7 +140,7 @@ def _check_companions(config: dict[str, Any]) -> None:
     if type(level) not in (int, float) or not 0 < level < math.inf:
         raise ValueError(f"expert_above is {level!r}, not a noise level")
 
-
+# %% ../nbs/08_model.ipynb #8a0100f0
 def _check_scale(config: dict[str, Any], shape: UNetConfig) -> None:
     """Raise an error unless the spectrogram fits and mean and std are numbers."""
     spectrogram = config["spectrogram"]

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from .audio import SpectrogramConfig, normalize_peak, to_spectrogram
 from .files import cached, in_order, locked
-from .generate import Piano, Sampling
+from .generate import Piano, Sampling, companions
 from .model import find_model
 from .phases import to_wave
 from .recordings import MIDI_ENDINGS, Recording, find_soundfont, of_splits, read_recording, scan_source, tell
@@ -345,7 +345,7 @@ def make_pieces(
                          f"{max(pieces, 0) * blocks or 'no'} blocks of "
                          f"{cfg.block_seconds} s; give {least} or more")
     piano.stream(seconds, seed=seed)  # checks both, and makes nothing yet
-    models = [folder, *map(find_model, piano.companions)]
+    models = [folder, *map(find_model, companions(piano))]
     end = seed + pieces
     batches = [range(first, min(first + _TOGETHER, end))
                for first in range(seed, end, _TOGETHER)]

@@ -21,7 +21,7 @@ from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER, generate
 from pianodiff.audio import SPECTROGRAMS, SpectrogramConfig, Wave, load_audio, save_audio, to_spectrogram
 from pianodiff.cli import main
 from pianodiff.edm import karras_sigmas
-from pianodiff.generate import SAMPLERS, Piano, Progress, Sampling
+from pianodiff.generate import SAMPLERS, Piano, Progress, Sampling, companions
 from pianodiff.sampler import heun_sample
 from pianodiff.synth import example_performance
 from pianodiff.unet import Past, UNet, UNetConfig
@@ -185,7 +185,7 @@ def test_an_expert_answers_above_its_level(tmp_path, monkeypatch):
     expert.save_pretrained(tmp_path / "strong")
     monkeypatch.chdir(tmp_path)
     both = Piano(piano.net, piano.config | {"expert": "strong", "expert_above": 1.0})
-    assert both.companions == ["strong", "coarse"] and both.guide is None and both.expert.guide is not None
+    assert companions(both) == ["strong", "coarse"] and both.guide is None and both.expert.guide is not None
 
     def noted(name, denoiser):
         plain = denoiser.forward

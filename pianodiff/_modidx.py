@@ -252,6 +252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'pianodiff.evaluate.training_curves': ('evaluate.html#training_curves', 'pianodiff/evaluate.py'),
                                     'pianodiff.evaluate.write_report': ('evaluate.html#write_report', 'pianodiff/evaluate.py')},
             'pianodiff.fewstep': { 'pianodiff.fewstep._check_pair': ('fewstep.html#_check_pair', 'pianodiff/fewstep.py'),
+                                   'pianodiff.fewstep._weighted_error': ('fewstep.html#_weighted_error', 'pianodiff/fewstep.py'),
                                    'pianodiff.fewstep.answer_for': ('fewstep.html#answer_for', 'pianodiff/fewstep.py'),
                                    'pianodiff.fewstep.consistency_loss': ('fewstep.html#consistency_loss', 'pianodiff/fewstep.py'),
                                    'pianodiff.fewstep.distillation_loss': ('fewstep.html#distillation_loss', 'pianodiff/fewstep.py'),

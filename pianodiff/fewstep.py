@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .edm import Denoiser, loss_weight
+from .edm import Denoiser, karras_sigmas, loss_weight
 from .sampler import Denoise, dpmpp_2m_sample, euler_sample
 
 # %% ../nbs/29_fewstep.ipynb #f5000012
@@ -40,12 +40,10 @@ def levels_between(sigma: float, lower: float, num_steps: int, rho: float = 7.0,
 
     Where `lower` is 0, the last step goes there from `sigma_min`.
     """
-    least = lower or sigma_min
-    ramp = torch.linspace(0, 1, num_steps + (lower > 0), dtype=torch.float64)
-    first, last = sigma ** (1 / rho), least ** (1 / rho)
-    levels = (first + ramp * (last - first)) ** rho
+    levels = (karras_sigmas(num_steps + 1, lower, sigma, rho)[:-1] if lower
+              else karras_sigmas(num_steps, sigma_min, sigma, rho))
     levels[0] = sigma  # exactly
-    return levels if lower else torch.cat([levels, levels.new_zeros(1)])
+    return levels
 
 
 @torch.no_grad()
@@ -59,6 +57,14 @@ def _check_pair(y: Tensor, noise: Tensor) -> None:
     if noise.shape != y.shape:
         raise ValueError(f"noise has shape {list(noise.shape)} "
                          f"for y of {list(y.shape)}")
+
+
+def _weighted_error(student: Denoiser, x: Tensor, sigma: Tensor, cond: Any,
+                    target: Tensor) -> Tensor:
+    """Squared distances `[B]` of the student's answers from `target`, by Eq. (33)."""
+    error = student(x, sigma, cond) - target
+    weight = loss_weight(sigma, student.sigma_data)
+    return weight * error.square().flatten(1).mean(1)
 
 
 def distillation_loss(
@@ -77,9 +83,7 @@ def distillation_loss(
     x = y + sigma * noise
     end = walk(teacher, x, teacher_cond, levels_between(sigma, lower, num_steps, rho))
     levels = torch.full((len(y),), sigma, dtype=y.dtype, device=y.device)
-    error = student(x, levels, cond) - answer_for(x, end, sigma, lower)
-    weight = loss_weight(levels, student.sigma_data)
-    return weight * error.square().flatten(1).mean(1)
+    return _weighted_error(student, x, levels, cond, answer_for(x, end, sigma, lower))
 
 # %% ../nbs/29_fewstep.ipynb #f5000024
 def consistency_loss(student: Denoiser, y: Tensor, sigma: Tensor, noise: Tensor,
@@ -98,9 +102,7 @@ def consistency_loss(student: Denoiser, y: Tensor, sigma: Tensor, noise: Tensor,
     with torch.no_grad():
         lower = y + ratio * level * noise
         target = student(lower, ratio * sigma, cond) if ratio else lower
-    error = student(y + level * noise, sigma, cond) - target
-    weight = loss_weight(sigma, student.sigma_data)
-    return weight * error.square().flatten(1).mean(1)
+    return _weighted_error(student, y + level * noise, sigma, cond, target)
 
 # %% ../nbs/29_fewstep.ipynb #f5000029
 def fewstep_sample(denoise: Denoise, latents: Tensor, cond: Any = None, *,

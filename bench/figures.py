@@ -19,7 +19,7 @@ from generation import settings
 from table import figure, newest
 
 import pianodiff
-from pianodiff.model import trainings
+from pianodiff.model import sampling_defaults, trainings
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"(?P<begin><!-- =(?P<name>[^>]*?) -->).*?(?P<end><!-- = -->)")
@@ -50,7 +50,7 @@ def parameters(model: str) -> int:
 def speed(model: str, records: list[Record], *, steps: int | None = None) -> tuple[float, float]:
     """Seconds of work for a second of music, and until the first sound: medians, by the default or in so many steps."""
     results = {record["comparison"]: record["results"] for record in records}
-    begin = next(iter(settings())) if steps is None else f"{pianodiff.SAMPLER}, {steps} steps"
+    begin = next(iter(settings(model))) if steps is None else f"{pianodiff.SAMPLER}, {steps} steps"
     generated = results.get(f"generation with {model}", {})
     second = [row for setting, row in generated.items() if setting.startswith(begin)]
     first = results.get(f"first sound of {model}", {})
@@ -65,7 +65,8 @@ def figures() -> dict[str, str]:
     records = newest(RESULTS.read_text().splitlines())
     here = [record for record in records if record["device"] == "cpu"]
     gpu = [record for record in records if record.get("gpu") == "NVIDIA H200"]
-    found = {"steps": str(pianodiff.NUM_STEPS), "guidance": f"{pianodiff.GUIDANCE:g}", "H200 steps": str(H200_STEPS)}
+    found = {"steps": str(sampling_defaults(models()["nano"][0])["num_steps"]), "guidance": f"{pianodiff.GUIDANCE:g}",
+             "H200 steps": str(H200_STEPS)}
     for model, (config, _) in models().items():
         second, first = speed(model, here)
         found |= {f"{model} parameters": f"{parameters(model) / 1e6:.1f} million",

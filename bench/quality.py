@@ -16,25 +16,28 @@ five per cent above that at the lowest and beyond that of other real music. Sure
 difference, over pieces of equal seeds, lies within half a decibel for the median, and within one for the spread (10 to
 90 %): less than an ear would tell. (The interval of one setting alone is far wider than what the start changes.)
 
-Then the steps, and rho, by which they are spread. From here on all is compared at one level: a gain for each setting
-brings the median level of its clips to the reference's. Coarse steps make louder music, and a model that plays too
-softly comes nearer to real music by that. A solver's error that cancels a model's is no quality.
+Then the steps, rho, by which they are spread, and sigma_min, from which the last of them goes to 0. From here on all
+is compared at one level: a gain for each setting brings the median level of its clips to the reference's. Coarse
+steps make louder music, and a model that plays too softly comes nearer to real music by that. A solver's error that
+cancels a model's is no quality.
 
 The rule: of the settings without guidance that are surely within five per cent of 40 Heun steps (79 evaluations), the
 cheapest. Surely means that for both distances, for what is left over beside notes and for their number, the upper end
 of the ratio's 95 % interval is at most 1.05. The interval is that of random halves of the pieces, the same of both
-settings, so that few pieces tell. The ratios of all dearer settings of that sampler and rho have to be within five per
-cent, too, so that no lucky draw is chosen. Where a measure is no larger than that of other real music, its ratio does
-not count: so near, it ranks nothing.
+settings, so that few pieces tell. The ratios of all dearer settings that differ in the steps alone have to be within
+five per cent, too, so that no lucky draw is chosen. Of two that are as cheap, the one is taken that goes down
+farther, and smooths less. Where a measure is no larger than that of other real music, its ratio does not count: so
+near, it ranks nothing.
 
-With this sampler and rho, and no fewer steps than the default has, pieces are made under guidance, at the noise levels
-of the default. Of the weights that surely keep all measures within five per cent, again, that is chosen whose joins are
-the hardest to tell, by whichever measure tells them best.
+With this sampler, rho and sigma_min, and no fewer steps than the model's own, pieces are made under guidance, at the
+noise levels of the default. Of the weights that surely keep all measures within five per cent, again, that is chosen
+whose joins are the hardest to tell, by whichever measure tells them best.
 
 A model that has a guide is guided by that one, and differently: less far, and at other noise levels. This is to leave
 less over beside the notes, and it makes the music louder. So of the settings whose Fréchet distance is no larger than
-that of other real music, and whose level as it comes is at most a decibel beyond that of both sets of real music, that
-is chosen which leaves the least over.
+that of other real music, and whose level as it comes is at most a decibel beyond that of both sets of real music,
+that is chosen which leaves the least over. Notes a second are told, and choose nothing: what plays more of them in
+these short pieces fades in long ones.
 
 Writes steps.json beside the model's weights. Pieces and embeddings are kept in `--cache`: what was interrupted goes on.
 """
@@ -56,7 +59,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pianodiff
-from pianodiff import GUIDANCE_INTERVAL, NUM_STEPS
+from pianodiff import GUIDANCE_INTERVAL
 from pianodiff.distance import LogMel, Moments, embed, frechet_distance, interval, kernel_distance_to
 from pianodiff.files import plain, write_whole
 from pianodiff.generate import Piano, Sampling
@@ -67,13 +70,15 @@ from pianodiff.pieces import Pieces, make_pieces, noise_like, read_pieces, retri
 
 SIGMA_MAX = 80.0, 150.0, 250.0, 400.0, 600.0
 TOLERANCE = {"level": 0.5, "spread": 1.0}  # dB
-STARTING = "dpmpp_2m", 20, 7.0  # what these are compared with
-LADDER = [*(("heun", n, 7.0) for n in (3, 5, 9, 18, 40)), *(("dpmpp_2m", n, 7.0) for n in (9, 12, 15, 20, 25, 35)),
-          *(("dpmpp_2m", n, 12.0) for n in (12, 15, 20, 25)), *(("dpmpp_2m", n, 30.0) for n in (15, 20, 25))]
-BASELINE = "heun", 40, 7.0
-SOLUTION = "heun", 200, 7.0  # of the ODE, as near as it matters
+STARTING = "dpmpp_2m", 20, 7.0, 0.002  # what these are compared with
+LADDER = [*(("heun", n, 7.0, 0.002) for n in (3, 5, 9, 18, 40)),
+          *(("dpmpp_2m", n, 7.0, 0.002) for n in (9, 15, 20)), *(("dpmpp_2m", n, 12.0, 0.002) for n in (15, 20, 25)),
+          *(("dpmpp_2m", n, 30.0, low) for low in (0.002, 0.04, 0.1) for n in (8, 10, 12, 15, 20))]
+BASELINE = "heun", 40, 7.0, 0.002
+SOLUTION = "heun", 200, 7.0, 0.002  # of the ODE, as near as it matters
 GUIDANCE = 2.0, 3.0, 4.0
-GUIDES = (1.2, (0.05, 3.0)), (1.3, (0.05, 3.0)), (1.4, (0.05, 3.0)), (1.2, (0.05, 10.0)), (1.3, (0.05, 10.0))
+GUIDES = [(w, (0.05, high)) for high, weights in ((3.0, (1.2, 1.3, 1.4, 1.5, 1.6)), (10.0, (1.2, 1.3)))
+          for w in weights]
 LIMIT = 1.05
 MEASURES = "frechet", "kernel", "left_over", "notes"
 
@@ -83,11 +88,11 @@ def evaluations(sampler: str, num_steps: int) -> int:
     return 2 * num_steps - 1 if sampler == "heun" else num_steps
 
 
-def variant(model: Path, home: Path, sigma_max: float, rho: float) -> Path:
-    """The same weights, sampled from another noise: a folder of their own."""
-    folder = home / f"{model.name}-{sigma_max:g}-{rho:g}"
+def variant(model: Path, home: Path, **levels: float) -> Path:
+    """The same weights, sampled at other noise levels: a folder of their own."""
+    folder = home / "-".join([model.name, *(f"{level:g}" for level in levels.values())])
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads((model / "config.json").read_text()) | {"sigma_max": sigma_max, "rho": rho}
+    config = json.loads((model / "config.json").read_text()) | levels
     write_whole(folder / "config.json", json.dumps(config).encode())
     (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "model.safetensors").symlink_to((model / "model.safetensors").resolve())
@@ -179,10 +184,10 @@ def cheapest(settings: list[dict[str, Any]], real: dict[str, Any] | None = None)
     def keeps(setting: dict[str, Any]) -> bool:
         return within(setting, True, real) and all(
             within(other, False, real) for other in settings
-            if all(other[key] == setting[key] for key in ("sampler", "rho"))
+            if all(other[key] == setting[key] for key in ("sampler", "rho", "sigma_min"))
             and other["evaluations"] > setting["evaluations"])
 
-    return min(filter(keeps, settings), key=lambda setting: int(setting["evaluations"]))
+    return min(filter(keeps, settings), key=lambda setting: (setting["evaluations"], setting["sigma_min"]))
 
 
 def told(setting: dict[str, Any]) -> float:
@@ -208,10 +213,11 @@ def cleanest(settings: list[dict[str, Any]], real: dict[str, Any], levels: list[
 
 def show(rows: list[dict[str, Any]], controls: dict[str, dict[str, Any]]) -> None:
     """Print the table."""
-    columns = {"sampler": "", "num_steps": "g", "evaluations": "g", "sigma_max": "g", "rho": "g", "guidance": "g",
-               "between": "", "level": ".1f", "spread": ".1f", "frechet": ".2f", "frechet_ratio": ".3f",
+    columns = {"sampler": "", "num_steps": "g", "evaluations": "g", "sigma_max": "g", "rho": "g", "sigma_min": "g",
+               "guidance": "g", "between": "", "level": ".1f", "spread": ".1f", "frechet": ".2f",
+               "frechet_ratio": ".3f",
                "kernel": ".4f", "kernel_ratio": ".3f", "left_over": ".4f", "left_over_ratio": ".3f", "notes": ".1f",
-               "notes_ratio": ".3f", "statistics": ".3f", "flux": ".2f", "rms_db": ".2f"}
+               "notes_ratio": ".3f", "notes_a_second": ".2f", "statistics": ".3f", "flux": ".2f", "rms_db": ".2f"}
     print("".join(f"{name.replace('_ratio', '/'):>12}" for name in columns))
     for name, row in [*(("", row) for row in rows), *controls.items()]:
         between = {"between": "{:g}-{:g}".format(*row["interval"])} if "interval" in row else {}
@@ -227,7 +233,7 @@ class Bench:
     def __init__(self, folder: Path, cache: Path, pieces: int, seconds: float, seed: int) -> None:
         self.folder, self.cache, self.pieces, self.seconds, self.seed = folder, cache, pieces, seconds, seed
         model = Piano.from_pretrained(folder)
-        self.cfg, self.has_guide = model.cfg, model.guide is not None
+        self.cfg, self.has_guide, self.num_steps = model.cfg, model.guide is not None, model.sampling.num_steps
         self.length = int(seconds * self.cfg.sample_rate) // self.cfg.block_samples
         self.piano: NoteSpectra | None = None
 
@@ -237,7 +243,8 @@ class Bench:
         self.known, self.others = real.split(self.pieces * self.length, self.seed)
         clips = self.known.clips
         self.target, self.typical, self.level = self.points(clips), measure(clips, self.cfg), level_of(clips)
-        self.loudness = {"level": self.level, "spread": spread_of(levels_of(clips))}
+        self.typically = {"level": self.level, "spread": spread_of(levels_of(clips)),
+                         "notes_a_second": float(self.typical["notes_per_second"].nanmean())}
         self.piano = note_spectra(soundfont) if soundfont else None
 
     def points(self, clips: Tensor) -> Tensor:
@@ -246,11 +253,12 @@ class Bench:
     def levelled(self, clips: Tensor) -> Tensor:
         return clips * 10 ** ((self.level - level_of(clips)) / 20)
 
-    def make(self, sampler: str, steps: int, rho: float, *, sigma_max: float, guidance: float = 1.0,
+    def make(self, sampler: str, steps: int, rho: float, sigma_min: float, *, sigma_max: float, guidance: float = 1.0,
              interval: tuple[float, float] = GUIDANCE_INTERVAL, **how: Any) -> Pieces:
         how = {"pieces": self.pieces, "seconds": self.seconds, **how}
-        return make_pieces(variant(self.folder, self.cache / "models", sigma_max, rho), self.cache / "pieces",
-                           sampling=Sampling(sampler, steps, guidance, interval), seed=self.seed, **how)
+        model = variant(self.folder, self.cache / "models", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+        return make_pieces(model, self.cache / "pieces", sampling=Sampling(sampler, steps, guidance, interval),
+                           seed=self.seed, **how)
 
     def solution(self, sigma_max: float) -> Pieces:
         """The first blocks of four pieces."""
@@ -267,19 +275,23 @@ class Bench:
     def quality(self, clips: Tensor) -> dict[str, Any]:
         """What needs no pieces: level, distances, statistics."""
         levelled, moments = self.levelled(clips), Moments.of(self.target)
-        table = compare_statistics({"clips": measure(levelled, self.cfg)}, self.typical)
+        found = measure(levelled, self.cfg)
+        table = compare_statistics({"clips": found}, self.typical)
         points = self.points(levelled)
         return {"level": level_of(clips), "spread": spread_of(levels_of(clips)),
                 "frechet": frechet_distance(Moments.of(points).shrunk(), moments),
                 "kernel": kernel_distance_to(self.target)(points),
+                "notes_a_second": float(found["notes_per_second"].nanmean()),
                 "statistics": sum(row["clips"]["distance"] for row in table.values()) / len(table)}
 
-    def measured(self, sampler: str, steps: int, rho: float, *, sigma_max: float, baseline: tuple[Tensor, Tensor],
-                 guidance: float = 1.0, interval: tuple[float, float] = GUIDANCE_INTERVAL) -> dict[str, Any]:
+    def measured(self, sampler: str, steps: int, rho: float, sigma_min: float, *, sigma_max: float,
+                 baseline: tuple[Tensor, Tensor], guidance: float = 1.0,
+                 interval: tuple[float, float] = GUIDANCE_INTERVAL) -> dict[str, Any]:
         """A setting, and its quality beside the baseline's at that sigma_max."""
-        made = self.make(sampler, steps, rho, sigma_max=sigma_max, guidance=guidance, interval=interval)
+        made = self.make(sampler, steps, rho, sigma_min, sigma_max=sigma_max, guidance=guidance, interval=interval)
         row = {"sampler": sampler, "num_steps": steps, "evaluations": evaluations(sampler, steps), "rho": rho,
-               "sigma_max": sigma_max, "guidance": guidance, "interval": interval, **self.quality(made.clips),
+               "sigma_min": sigma_min, "sigma_max": sigma_max, "guidance": guidance, "interval": interval,
+               **self.quality(made.clips),
                **distance_ratios(self.by_piece(made.clips), baseline[0], self.target, self.seed),
                "rms_db": from_solution(made, self.solution(sigma_max)),
                "joins": {name: found["auc"] for name, found in seams(made, self.seed).items()}}
@@ -334,11 +346,13 @@ def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano
         seed: of the first piece, and of all that is drawn.
         soundfont: for MIDI, and for the ruler of notes, which is left out without it.
         cache: a folder for what has been made.
-        ladder: the settings to compare, each as sampler:steps:rho, in place of the usual ones; the baseline is added.
+        ladder: the settings to compare, each as sampler:steps:rho:sigma_min, in place of the usual ones; the baseline
+            is added.
         out: what to write, by default steps.json beside the weights.
     """
     begin, folder = time.perf_counter(), find_model(model)
-    steps = [(sampler, int(n), float(rho)) for sampler, n, rho in (text.split(":") for text in ladder)]
+    steps = [(sampler, int(n), float(rho), float(low))
+             for sampler, n, rho, low in (text.split(":") for text in ladder)]
     steps = [*dict.fromkeys([BASELINE, *steps])] if ladder else LADDER
     bench = Bench(folder, cache, pieces, seconds, seed)
     bench.read(reference, splits, blocks, most, soundfont)
@@ -348,24 +362,25 @@ def main(reference: Annotated[Path, tyro.conf.Positional], *, model: str = "nano
     kept = {"sigma_max": sigma_max, "baseline": bench.baseline(sigma_max)}
     settings = [bench.measured(*setting, **kept) for setting in tqdm(steps, "settings")]
     choice = cheapest(settings, controls["real"])
-    used = choice["sampler"], max(choice["num_steps"], NUM_STEPS), choice["rho"]
+    used = choice["sampler"], max(choice["num_steps"], bench.num_steps), choice["rho"], choice["sigma_min"]
     leads = GUIDES if bench.has_guide else [(w, GUIDANCE_INTERVAL) for w in GUIDANCE]
     guided = [bench.measured(*used, **kept), *(bench.measured(*used, **kept, guidance=w, interval=levels)
                                                for w, levels in tqdm(leads, "guidance"))]
-    best = (cleanest(guided, controls["real"], [bench.level, controls["real"]["level"]])
+    best = (cleanest(guided, controls["real"], [bench.typically["level"], controls["real"]["level"]])
             if bench.has_guide else smoothest(guided))
     show([*starts, *settings, *guided[1:]], controls)
     print(f"sigma_max {sigma_max:g}; the cheapest that keeps the rule: {choice['sampler']}, {choice['num_steps']} "
-          f"steps, rho {choice['rho']:g}, {choice['evaluations']} evaluations; then guidance {best['guidance']:g} "
+          f"steps, rho {choice['rho']:g}, down to {choice['sigma_min']:g}, {choice['evaluations']} evaluations; "
+          f"then guidance {best['guidance']:g} "
           "from {:g} to {:g}".format(*best["interval"]))
     results = {
         "command": shlex.join(["python", "bench/quality.py", *sys.argv[1:]]), "model": folder.name,
         "weights": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), "seed": seed,
         "seconds": round(time.perf_counter() - begin), "pieces": pieces, "blocks": pieces * bench.length,
         "reference": {"source": reference.name, "splits": splits, "pieces": len(bench.known),
-                      "blocks": len(bench.target), **bench.loudness},
+                      "blocks": len(bench.target), **bench.typically},
         "solution": SOLUTION, "limit": LIMIT, "sigma_max": {"choice": sigma_max, "settings": starts},
-        "choice": {key: choice[key] for key in ("sampler", "num_steps", "rho", "evaluations")},
+        "choice": {key: choice[key] for key in ("sampler", "num_steps", "rho", "sigma_min", "evaluations")},
         "guidance": {"choice": best["guidance"], "interval": best["interval"], "settings": guided},
         "versions": {"pianodiff": pianodiff.__version__, "torch": torch.__version__,
                      "machine": f"{platform.machine()}, {os.cpu_count()} cores"},

@@ -5,7 +5,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-SAMPLER, NUM_STEPS = "dpmpp_2m", 20  # what music is sampled with where nothing else is said; steps.json has the evidence
+SAMPLER, NUM_STEPS = "dpmpp_2m", 20  # what music is sampled with where neither you nor the model says otherwise
 GUIDANCE, GUIDANCE_INTERVAL = 2.0, (0.2, 2.0)  # and how closely each block follows the last, at which noise levels
 
 

@@ -26,7 +26,6 @@ from matplotlib import colormaps, image
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import NUM_STEPS, SAMPLER
 from .audio import SpectrogramConfig, to_mp3
 from .classifier import classifier_section
 from .data import open_store
@@ -273,8 +272,8 @@ def _check(blocks: int, transpose: int, seed: int, embeddings: Sequence[str]) ->
 # %% ../nbs/18_evaluate.ipynb #95aaa4ba
 def evaluate(
     generated: str | os.PathLike, reference: str | os.PathLike, out: str | os.PathLike,
-    *, pieces: int = 10, seconds: float = 61.44, steps: int = NUM_STEPS,
-    sampler: str = SAMPLER, guidance: float | None = None,
+    *, pieces: int = 10, seconds: float = 61.44, steps: int | None = None,
+    sampler: str | None = None, guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     training: str | os.PathLike | None = None, transpose: int = 0,
     embeddings: Sequence[str] = ("logmel",), splits: Sequence[str] = (),

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import NUM_STEPS, SAMPLER
 from .audio import MP3_RATES, SpectrogramConfig, load_audio, rate_of, to_flac, to_mp3, to_spectrogram
 
 if TYPE_CHECKING:
@@ -199,8 +198,10 @@ in Colab (<a href="https://colab.research.google.com">colab.research.google.com<
 and run it from its top.</em></p>"""
 
 
-def _widgets(guidance: float) -> dict[str, Any]:
-    """The studio's controls by name, and `box`, which lays them out."""
+def _widgets(how: Any) -> dict[str, Any]:
+    """The studio's controls by name, set to a model's own `Sampling`, and `box`, which
+    lays them out.
+    """
     # here, since it takes a while
     import ipywidgets as w  # type: ignore[import-untyped]
 
@@ -208,9 +209,11 @@ def _widgets(guidance: float) -> dict[str, Any]:
     made = {
         "seed": w.BoundedIntText(7, min=0, max=2**31 - 1, description="seed"),
         "seconds": w.BoundedFloatText(8.0, min=0.1, max=600.0, description="seconds"),
-        "steps": w.IntSlider(NUM_STEPS, min=1, max=60, description="steps"),
-        "sampler": w.Dropdown(options=_SAMPLERS, value=SAMPLER, description="sampler"),
-        "guidance": w.FloatSlider(guidance, min=0.0, max=4.0, step=0.05,
+        "steps": w.IntSlider(how.num_steps, min=1, max=max(60, how.num_steps),
+                             description="steps"),
+        "sampler": w.Dropdown(options=_SAMPLERS, value=how.sampler,
+                              description="sampler"),
+        "guidance": w.FloatSlider(how.guidance, min=0.0, max=4.0, step=0.05,
                                   description="guidance"),
         "prompt": w.FileUpload(accept="audio/*", description="go on from a file",
                                layout=auto),
@@ -258,7 +261,7 @@ class Studio:
 
     def __init__(self, piano: Any) -> None:
         self.piano, self.stop, self.thread = piano, Event(), Thread()
-        for name, widget in _widgets(piano.sampling.guidance).items():
+        for name, widget in _widgets(piano.sampling).items():
             setattr(self, name, widget)
         self.button.on_click(self._pressed)
         self.forget.on_click(lambda _: self.prompt.set_trait("value", ()))

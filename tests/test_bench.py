@@ -160,7 +160,7 @@ def test_generation(bench, monkeypatch):
     generation = bench["generation"]
     settings = {name: {**setting, "num_steps": 1} for name, setting in generation.settings().items()}
     assert [*settings][1] == "heun, 40 steps, guidance 1"
-    monkeypatch.setattr(generation, "settings", lambda: settings)
+    monkeypatch.setattr(generation, "settings", lambda model: settings)
     piano = generation.Piano.from_pretrained("nano", "cpu")
     checked(generation.real_time(piano, length=0.1, runs=5), len(settings))
     checked(generation.first_sound(runs=5, num_steps=1), 2)

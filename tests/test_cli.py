@@ -26,10 +26,11 @@ from test_generate import LARGE, tiny_piano
 
 import pianodiff.cli
 import pianodiff.terminal
-from pianodiff import GUIDANCE, GUIDANCE_INTERVAL
+from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
 from pianodiff.audio import SPECTROGRAMS, load_audio, save_audio, sound_facts, sound_file
 from pianodiff.cli import main
 from pianodiff.data import prepare
+from pianodiff.fewstep import StudentConfig
 from pianodiff.generate import Piano
 from pianodiff.synth import example_performance
 from pianodiff.train import TrainConfig
@@ -492,7 +493,7 @@ def test_a_line_without_a_command_gets_the_help(capsys):
     assert not stop.value.code and all(command in out for command in ("generate", "continue", "prepare", "info"))
 
 
-@pytest.mark.parametrize("command", ["generate", "continue", "prepare", "train", "evaluate"])
+@pytest.mark.parametrize("command", ["generate", "continue", "prepare", "train", "distill", "evaluate"])
 def test_the_help_names_no_types_of_python(capsys, command):
     with pytest.raises(SystemExit):
         main([command, "--help"])
@@ -706,13 +707,22 @@ def test_info(model, capsys):
     assert short["trained"] == "400,000 blocks in 1.5 minutes, H100" and short["licence"] == "CC BY 4.0"
     assert short["guidance"] == f"{GUIDANCE:g}, away from what it does without a past, at sigma {LEVELS}"
     assert short["before that"] == "200,000 blocks in 2.0 hours, cpu" and short["loss by sigma"] == "0.123 at 0.1"
-    assert len(short) <= 12
+    assert short["sampling"] == f"{NUM_STEPS} steps of {SAMPLER}, sigma 80 to 0.002, rho 7" and len(short) <= 12
     assert main(["info", model, "--all"]) == 0
     whole = capsys.readouterr().out
     for line in (r"training", r"  images +400,000", r"  ancestor", r"    ancestor", r"      seconds +3,600",
                  r"      0\.1 +0\.1235", r"  hop_length +16", r"  channels +8, 16"):
         assert re.search(f"^{line}$", whole, re.M), line
     assert all(re.search(f"^{name} +{re.escape(text)}$", whole, re.M) for name, text in short.items())
+
+
+def test_info_of_a_student(model, capsys):
+    config = json.loads(Path(model, "config.json").read_text()) | {"sigmas": [400, 2.5, 0.4]}
+    Path(model, "config.json").write_text(json.dumps(config))
+    assert main(["info", model]) == 0
+    short = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert short["sampling"] == "3 steps of euler, at sigma 400, 2.5, 0.4" and "guidance" not in short
+    assert "is a student, drawn with num_steps 3, not 2" in refused(capsys, main(["generate", "-m", model, "-n", "2"]))
 
 
 def test_info_of_a_store(capsys, tmp_path):
@@ -783,6 +793,21 @@ def test_train(model, monkeypatch, capsys, tmp_path):
     assert "trained on 5,008 blocks in 1.5 minutes\n" in capsys.readouterr().out
     assert ": --lr must be positive" in refused(capsys, main("train store run --lr -1".split()))
     assert "no model 'nanno'" in refused(capsys, main("train store run --init nanno".split()))
+
+
+def test_distill(monkeypatch, capsys, tmp_path):
+    asked = []
+    (tmp_path / "config.json").write_text(json.dumps({"training": {"images": 64, "seconds": 2}}))
+    monkeypatch.setattr("pianodiff.fewstep.distill", lambda *args, **how: asked.append((args, how)) or tmp_path)
+    assert main("distill store run --teacher base --levels 80 2 --teacher-steps 3 --lr 0.1 --images 64".split()) == 0
+    expected = StudentConfig(lr=0.1, images=64)
+    assert asked == [(("store", Path("run"), "base", (80.0, 2.0), 3, expected),
+                      {"on_snapshot": pianodiff.cli.snapshot, "cache": None, "cache_size": 10})]
+    assert "trained on 64 blocks in 2.0 seconds\n" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert ": --lr must be positive" in refused(capsys, main("distill store run --lr -1".split()))
+    assert "no model 'nanno'" in refused(capsys, main("distill store run --teacher nanno".split()))
+    assert "a student's levels fall" in refused(capsys, main("distill store run --levels 1 2".split()))
 
 
 def test_samples_during_training(tmp_path):

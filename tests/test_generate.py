@@ -463,7 +463,7 @@ def test_another_type_gets_one_line(piano, settings, message):
 def test_all_settings_are_seen_in_the_signature(piano):
     for call in (piano.generate, piano.stream, piano.spectrogram, piano.spectrograms, piano.waves):
         shown = inspect.signature(call).parameters
-        own = {"sampler": SAMPLER, "num_steps": NUM_STEPS, "guidance": None, "guidance_interval": None}
+        own = dict.fromkeys(("sampler", "num_steps", "guidance", "guidance_interval"))
         assert own.items() <= {name: value.default for name, value in shown.items()}.items()
         assert {"prompt", "callback"} <= shown.keys()
 
@@ -475,6 +475,43 @@ def test_a_sampling_is_checked_when_it_is_made():
         replace(Sampling(), num_steps=0)
     with pytest.raises(FrozenInstanceError):
         Sampling().num_steps = 20
+
+
+def test_a_model_may_have_its_own_steps_and_levels(piano):
+    own = {"sampler": "euler", "num_steps": 3, "sigma_min": 0.1, "sigma_max": 20.0, "rho": 3.0, "guidance": 1.0}
+    mine = Piano(piano.net, piano.config | own)
+    assert mine.sampling == Sampling("euler", 3, 1.0)
+    made, seen = mine.spectrogram(CFG.block_seconds, seed=2), []
+    levels = karras_sigmas(3, 0.1, 20.0, 3.0)
+    told = Piano(piano.net, piano.config | {"guidance": 1.0, "sigma_min": 0.1, "sigma_max": 20.0, "rho": 3.0})
+    assert torch.equal(made, told.spectrogram(CFG.block_seconds, seed=2, num_steps=3, sampler="euler"))
+    plain = mine.denoiser.forward
+    mine.denoiser.forward = lambda x, s, past: seen.append(float(s)) or plain(x, s, past)
+    mine.spectrogram(CFG.block_seconds, seed=2)
+    assert seen == levels[:-1].float().tolist()
+
+
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_a_student_is_asked_once_at_each_of_its_levels(piano, prompt, with_prompt):
+    student = Piano(piano.net, piano.config | {"sigmas": [50, 2.0, 0.3], "sigma_max": 400.0, "guidance": 3.0})
+    assert student.sampling == Sampling("euler", 3, 1.0) and student.denoiser.sigma_max == 50
+    asked, plain = [], student.denoiser.forward
+    student.denoiser.forward = lambda x, s, past: asked.append(round(float(s), 6)) or plain(x, s, past)
+    steps, how = [], {"prompt": prompt} if with_prompt else {}
+    made = student.spectrogram(2 * CFG.block_seconds, seed=3, callback=steps.append, **how)
+    assert asked == [50, 2, 0.3] * 2 and [(p.step, p.num_steps) for p in steps] == [(1, 3), (2, 3), (3, 3)] * 2
+    same = {"sampler": "euler", "num_steps": 3, "guidance": 1.0}  # what it does may also be said
+    assert torch.equal(made, student.spectrogram(2 * CFG.block_seconds, seed=3, **how, **same))
+
+
+@pytest.mark.parametrize("asked, told", [
+    ({"num_steps": 4}, "drawn with num_steps 3, not 4"), ({"guidance": 1.3}, "drawn with guidance 1.0, not 1.3"),
+    ({"sampler": "heun"}, "drawn with sampler euler, not heun")])
+def test_a_student_refuses_what_it_has_not_learnt(piano, asked, told):
+    student = Piano(piano.net, piano.config | {"sigmas": [50, 2.0, 0.3]})
+    with pytest.raises(ValueError, match=f"is a student, {told}; ask its teacher, or leave ") as error:
+        student.generate(1, seed=0, **asked)
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_made_knows_its_seed(piano):

@@ -16,8 +16,6 @@ import pytest
 from chapters import ran
 from conftest import prose, resolve
 
-import pianodiff
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pianodiff"
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -48,7 +46,7 @@ MAY_IMPORT = {
     "classifier": {"audio", "files", "joins", "pieces", "terminal"},
     "evaluate": {"audio", "classifier", "data", "distance", "files", "generate", "joins", "model", "music", "novelty",
                  "pieces", "recordings", "terminal"},
-    "fewstep": {"edm", "sampler"},
+    "fewstep": {"edm", "files", "generate", "model", "recipe", "sampler", "train"},
     "show": {"audio"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
@@ -89,7 +87,9 @@ CONTRACT = {
     "sampler.euler_sample": SAMPLER,
     "sampler.dpmpp_2m_sample": "denoise latents cond * sigmas num_steps sigma_min sigma_max rho dtype callback",
     "fewstep.fewstep_sample": "denoise latents cond * sigmas randn_like dtype callback",
-    "fewstep.distillation_loss": "student teacher y noise cond * sigma lower num_steps rho teacher_cond",
+    "fewstep.distillation_loss": "student teacher y noise cond * sigma lower num_steps rho sigma_min teacher_cond",
+    "fewstep.copying": "teacher levels teacher_steps",
+    "fewstep.distill": "store run teacher levels teacher_steps config",
     "fewstep.consistency_loss": "student y sigma noise cond * ratio",
     "sampler.euler_ancestral_sample": STOCHASTIC,
     "sampler.dpmpp_3m_sde_sample": STOCHASTIC,
@@ -112,9 +112,8 @@ DEFAULTS = {
     "edm.Denoiser": {"sigma_data": 0.5},
     "sampler.heun_sample": {"num_steps": 40, "S_churn": 0.0, "S_max": float("inf"), "S_noise": 1.0},
     "generate.Piano.from_pretrained": {"name_or_path": "nano", "device": None},
-    "generate.Piano.generate": {"sampler": pianodiff.SAMPLER, "num_steps": pianodiff.NUM_STEPS,
-                                "guidance": None, "guidance_interval": None,  # the model's own
-                                "prompt": None, "seed": None},
+    "generate.Piano.generate": {"sampler": None, "num_steps": None,  # the model's own
+                                "guidance": None, "guidance_interval": None, "prompt": None, "seed": None},
     "generate.Piano.stream": {"seconds": None},
 }
 COMMANDS = {
@@ -123,6 +122,7 @@ COMMANDS = {
     "continue": "--seconds --out --play",
     "prepare": "--preset",
     "train": "--preset --init",
+    "distill": "--teacher --levels --teacher-steps",
     "evaluate": "--out --pieces --training --transpose --embeddings --seed",
     "info": "",
 }

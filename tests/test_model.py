@@ -11,7 +11,18 @@ import torch
 from test_unet import BOTH, C_NOISE, OURS, awake, blocks, network
 from torch import Tensor, nn
 
-from pianodiff.model import PRESETS, count, find_model, load_model, noise_levels, save_model, trainings
+from pianodiff import GUIDANCE, GUIDANCE_INTERVAL, NUM_STEPS, SAMPLER
+from pianodiff.model import (
+    NOISE_LEVELS,
+    PRESETS,
+    count,
+    find_model,
+    load_model,
+    noise_levels,
+    sampling_defaults,
+    save_model,
+    trainings,
+)
 from pianodiff.unet import Attention, UNet
 
 # presets
@@ -247,6 +258,12 @@ def test_broken_configurations(model, content):
     ({"spectrogram": SPECTROGRAM | {"hop_length": 32.0}}, "hop_length is 32.0"),
     ({"spectrogram": SPECTROGRAM | {"n_frames": 64}}, "a spectrogram of 64x64 for a network of 64x32"),
     *(({name: value}, f"{name} is ") for name in ("sigma_max", "rho") for value in (None, "80", math.inf, 0.5, True)),
+    *(({"sigma_min": value}, "sigma_min is ") for value in (None, "1", 0, -1, 1, math.inf, math.nan, False)),
+    *(({"sigmas": value}, "sigmas are ") for value in (400, 0, "", [], {}, [0], [-1], [1, 2], [2, 2], [2, -1], ["2"],
+                                                       [math.inf], [True], [10**400])),
+    ({"sigma_max": 10**400}, "sigma_max is "), ({"guidance": 10**400}, "guidance is "),
+    *(({"num_steps": value}, "num_steps ") for value in (None, 0, 12.0, "12", True, 10_001)),
+    *(({"sampler": value}, "sampler is ") for value in (None, 1, ["euler"])),
 ])
 def test_a_configuration_that_would_fail_later_is_refused(model, change, reason):
     (model / "config.json").write_text(json.dumps(CONFIG | change))
@@ -263,9 +280,39 @@ def test_a_configuration_without_its_facts_is_refused(model, missing):
 
 
 def test_a_model_says_from_what_noise_it_is_sampled(model):
-    assert noise_levels(load_model(model)[1]) == {"sigma_max": 80.0, "rho": 7.0}  # the paper's, where it says nothing
-    (model / "config.json").write_text(json.dumps(CONFIG | {"sigma_max": 400, "rho": 12.0}))
-    assert noise_levels(load_model(model)[1]) == {"sigma_max": 400, "rho": 12.0}
+    paper = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}  # where it says nothing
+    assert noise_levels(load_model(model)[1]) == paper
+    own = {"sigma_min": 0.04, "sigma_max": 400, "rho": 12.0}
+    (model / "config.json").write_text(json.dumps(CONFIG | own))
+    assert noise_levels(load_model(model)[1]) == own
+
+
+def test_a_model_says_how_it_is_sampled(model):
+    ours = {"sampler": SAMPLER, "num_steps": NUM_STEPS, "guidance": GUIDANCE, "guidance_interval": GUIDANCE_INTERVAL}
+    assert sampling_defaults(load_model(model)[1]) == ours
+    own = {"sampler": "heun", "num_steps": 3, "guidance": 1.5, "guidance_interval": [0.1, 2]}
+    (model / "config.json").write_text(json.dumps(CONFIG | own))
+    assert sampling_defaults(load_model(model)[1]) == own | {"guidance_interval": (0.1, 2)}
+
+
+@pytest.mark.parametrize("name", ["nano", "base"])
+def test_what_ships_is_sampled_as_its_preset_is(name):
+    config = load_model(find_model(name))[1]
+    preset = NOISE_LEVELS[name]
+    assert noise_levels(config) == noise_levels(preset)
+    assert sampling_defaults(config)["num_steps"] == sampling_defaults(preset)["num_steps"]
+
+
+def test_guidance_may_have_no_upper_end(model):
+    (model / "config.json").write_text(json.dumps(CONFIG | {"guidance_interval": [0.2, math.inf]}))
+    assert sampling_defaults(load_model(model)[1])["guidance_interval"] == (0.2, math.inf)
+
+
+def test_a_student_says_at_which_levels_it_is_asked(model):
+    (model / "config.json").write_text(json.dumps(CONFIG | {"sigmas": [80, 0.5], "sigma_max": 400, "num_steps": 9}))
+    config = load_model(model)[1]
+    assert noise_levels(config) == {"sigmas": [80, 0.5, 0.0]}
+    assert sampling_defaults(config) == {"sampler": "euler", "num_steps": 2, "guidance": 1.0}
 
 
 @pytest.mark.parametrize(("weight", "interval"), [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_generate import LARGE, tiny_piano
 
-from pianodiff import NUM_STEPS, SAMPLER
+from pianodiff import SAMPLER
 from pianodiff.audio import SPECTROGRAMS, save_audio
 from pianodiff.generate import Piano
 from pianodiff.model import find_model, noise_levels
@@ -24,7 +24,7 @@ def quality(monkeypatch):
 
 def table(**ratios: list[tuple[int, float, float]]) -> list[dict]:
     """Settings of each sampler: evaluations, and the upper ends of both intervals; each ratio is 0.1 below its own."""
-    return [{"sampler": sampler, "rho": 7.0, "evaluations": n, "frechet_ratio": frechet - 0.1,
+    return [{"sampler": sampler, "rho": 7.0, "sigma_min": 0.002, "evaluations": n, "frechet_ratio": frechet - 0.1,
              "kernel_ratio": kernel - 0.1, "frechet_ratio_interval": [0.8, frechet],
              "kernel_ratio_interval": [0.8, kernel]}
             for sampler, rows in ratios.items() for n, frechet, kernel in rows]
@@ -54,6 +54,8 @@ def test_a_setting_that_leaves_noise_between_the_partials_will_not_do(quality):
     assert (found["sampler"], found["evaluations"]) == ("dpmpp_2m", 20)
     other = [{**row, "rho": 30.0, "evaluations": 9} for row in rows[-1:]]  # the same, of another schedule
     assert quality.cheapest(rows + other)["rho"] == 30
+    other = [{**row, "sigma_min": 0.04, "evaluations": 8} for row in rows[-1:]]  # and one that stops earlier
+    assert quality.cheapest(rows + other)["sigma_min"] == 0.04
 
 
 HEUN = [(9, 1.4, 1.3), (35, 1.02, 1.04), (79, 1.0, 1.0)]
@@ -83,17 +85,18 @@ def test_the_default_is_the_choice_and_was_measured_with_the_weights_that_ship(q
     folder = find_model("nano")
     report = json.loads((folder / "steps.json").read_text())
     assert report["weights"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    choice, guided = report["choice"], report["guidance"]
+    choice, guided, steps = report["choice"], report["guidance"], Piano("nano", device="cpu").sampling.num_steps
     assert quality.cheapest(report["settings"], report["controls"]["real"]).items() >= choice.items()
-    assert choice["sampler"] == SAMPLER and choice["num_steps"] <= NUM_STEPS  # no dearer setting is worse by the rule
-    assert guided["settings"][0].items() >= {"num_steps": NUM_STEPS, "rho": choice["rho"], "guidance": 1}.items()
+    assert choice["sampler"] == SAMPLER and choice["num_steps"] <= steps  # no dearer setting is worse by the rule
+    used = {"num_steps": steps, "rho": choice["rho"], "sigma_min": choice["sigma_min"], "guidance": 1}
+    assert guided["settings"][0].items() >= used.items()
     real, config = report["controls"]["real"], json.loads((folder / "config.json").read_text())
     best = quality.cleanest(guided["settings"], real, [report["reference"]["level"], real["level"]])
     assert guided["choice"] == best["guidance"] == config["guidance"] and config["guide"] == "guide"
     assert guided["interval"] == best["interval"] == config["guidance_interval"]
     start = report["sigma_max"]
     assert quality.lowest_start(start["settings"], real)["sigma_max"] == start["choice"]
-    levels = {"sigma_max": start["choice"], "rho": report["choice"]["rho"]}
+    levels = {"sigma_min": choice["sigma_min"], "sigma_max": start["choice"], "rho": choice["rho"]}
     assert noise_levels(config) == levels
     assert {row["sigma_max"] for row in report["settings"]} == {start["choice"]}
 
@@ -113,7 +116,7 @@ def test_the_smoothest_guidance_that_keeps_the_distances_is_chosen(quality, rows
 @pytest.mark.parametrize("rows, chosen", [
     ([(1.0, -24, 1.4, 0.076), (1.2, -23, 1.2, 0.069), (1.4, -21.5, 1.4, 0.066)], 1.4),
     ([(1.0, -24, 1.4, 0.076), (1.2, -23, 1.2, 0.069), (1.4, -20.5, 1.4, 0.066)], 1.2),  # too loud
-    ([(1.0, -24, 1.4, 0.076), (1.2, -23, 1.2, 0.069), (1.4, -21.5, 1.6, 0.066)], 1.2),  # too far from real music
+    ([(1.0, -24, 1.4, 0.076), (1.2, -23, 1.2, 0.069), (1.4, -21.5, 1.6, 0.066)], 1.2),  # too far from music
     ([(1.0, -24, 1.6, 0.076), (1.2, -23, 1.6, 0.069)], 1.0),
 ])
 def test_the_guide_that_leaves_the_least_over_is_chosen(quality, rows, chosen):
@@ -125,13 +128,15 @@ def test_the_guide_that_leaves_the_least_over_is_chosen(quality, rows, chosen):
 @pytest.mark.filterwarnings("ignore:1. clips in 96 dimensions")
 def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "SIGMA_MAX", (80.0, 300.0))
-    monkeypatch.setattr(quality, "STARTING", ("dpmpp_2m", 3, 7.0))
-    monkeypatch.setattr(quality, "LADDER", [("heun", 2, 7.0), ("heun", 4, 7.0), ("dpmpp_2m", 4, 12.0)])
-    monkeypatch.setattr(quality, "BASELINE", ("heun", 4, 7.0))
-    monkeypatch.setattr(quality, "SOLUTION", ("heun", 4, 7.0))
-    monkeypatch.setattr(quality, "NUM_STEPS", 2)
+    monkeypatch.setattr(quality, "STARTING", ("dpmpp_2m", 3, 7.0, 0.002))
+    monkeypatch.setattr(quality, "LADDER", [("heun", 2, 7.0, 0.002), ("heun", 4, 7.0, 0.002),
+                                            ("dpmpp_2m", 4, 12.0, 0.002), ("dpmpp_2m", 4, 12.0, 0.5)])
+    monkeypatch.setattr(quality, "BASELINE", ("heun", 4, 7.0, 0.002))
+    monkeypatch.setattr(quality, "SOLUTION", ("heun", 4, 7.0, 0.002))
     monkeypatch.setattr(quality, "GUIDANCE_INTERVAL", (0.0, 100.0))  # so few steps pass over the default
-    tiny_piano(SPECTROGRAMS["nano"], LARGE).save_pretrained(tmp_path / "tiny")
+    tiny = tiny_piano(SPECTROGRAMS["nano"], LARGE)
+    tiny.config["num_steps"] = 2
+    tiny.save_pretrained(tmp_path / "tiny")
     (tmp_path / "real").mkdir()
     for seed in range(10):
         save_audio(tmp_path / "real" / f"{seed}.flac", example_performance(4.2 if seed else 2.1, seed))  # one is short
@@ -143,8 +148,9 @@ def test_a_run_writes_ratios_and_makes_nothing_twice(quality, tmp_path, monkeypa
 
     first = run()
     printed = capsys.readouterr().out.splitlines()
-    heun_2, heun_4, dpmpp = first["settings"]
-    assert [row["evaluations"] for row in first["settings"]] == [3, 7, 4] and first["blocks"] == 8
+    heun_2, heun_4, dpmpp, earlier = first["settings"]
+    assert [row["evaluations"] for row in first["settings"]] == [3, 7, 4, 4] and first["blocks"] == 8
+    assert (dpmpp["sigma_min"], earlier["sigma_min"]) == (0.002, 0.5) and dpmpp["rms_db"] != earlier["rms_db"]
     assert heun_4["frechet_ratio"] == heun_4["kernel_ratio"] == 1 and heun_4["frechet_ratio_interval"] == [1, 1]
     assert heun_4["rms_db"] == 0 < dpmpp["rms_db"] < heun_2["rms_db"]
     assert heun_2["frechet_ratio"] == pytest.approx(heun_2["frechet"] / heun_4["frechet"]) != 1

@@ -18,7 +18,6 @@ import soundfile
 import torch
 from PIL import Image
 
-from pianodiff import NUM_STEPS, SAMPLER
 from pianodiff.audio import MP3_RATES, SPECTROGRAMS, to_flac, to_spectrogram
 from pianodiff.generate import SAMPLERS, Piano, Sampling
 from pianodiff.show import _SAMPLERS, _static, player, slider, studio
@@ -208,7 +207,7 @@ class Tones:
     """A piano that plays the seed, in hertz; it waits at `gate` in its second step."""
 
     cfg = CFG
-    sampling = Sampling(guidance=1.5)
+    sampling = Sampling("euler", 7, guidance=1.5)
 
     def __init__(self) -> None:
         self.calls: list[dict] = []
@@ -247,7 +246,7 @@ def heard(room) -> torch.Tensor:
 def test_the_studio_plays_what_is_asked_for():
     room = studio(Tones())
     play(room)
-    assert room.piano.calls == [{"seconds": 8.0, "seed": 7, "prompt": None, "sampler": SAMPLER, "num_steps": NUM_STEPS,
+    assert room.piano.calls == [{"seconds": 8.0, "seed": 7, "prompt": None, "sampler": "euler", "num_steps": 7,
                                  "guidance": 1.5}]
     room.seconds.value, room.seed.value = 2, 440
     room.sampler.value, room.steps.value, room.guidance.value = "heun", 5, 2

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Trains `base`, then `nano`, on a GPU machine that has no network, in a given time.
+# Trains `base`, then `nano`, or students of both, on a GPU machine that has no network, in a given time.
 #
 #   bench/gpu_training.sh pack SHARED      # here: what is needed there, as .gpu/ in the checkout (60 MB)
 #   bench/gpu_training.sh prepare          # there, with .gpu/ and without nbs/, book/ and the weights: the store, in /tmp
 #   bench/gpu_training.sh train OUT 540    # there: models, logs and settings of 540 seconds, in files of at most 15 MiB
+#   bench/gpu_training.sh students OUT 540 # or there: the same of students that take four steps a block
 #
 # SHARED holds data/ with the MIDI, FluidR3's piano and Salamander's samples, and gpu/pack-fluidsynth. There, Python 3.12
 # with PyTorch, accelerate and tensorboard is expected; wheels of the other packages travel along. Three of four
@@ -41,30 +42,42 @@ prepare() {
 }
 
 train() {
-    local out=$1 left=$(($2 - 20))
-    model base 0.65 "$left" 2100
-    model nano 0.35 "$left" 5200
-    mkdir -p "$out"
-    for name in base nano; do
-        split -b 15M "$data/$name/model/model.safetensors" "$out/$name.safetensors."
-        cp "$data/$name/model/config.json" "$out/$name.json"
-        cp "$data/$name/log.csv" "$out/$name.csv"
-    done
+    local left=$(($2 - 20))
+    model base 0.65 "$left" 2100 train --init base --lr 1e-3 --warmup-images 50000 --P-mean -0.2 --P-std 1.8
+    model nano 0.35 "$left" 5200 train --init nano --lr 1e-3 --warmup-images 50000 --P-mean -0.2 --P-std 1.8
+    hand_over "$1"
 }
 
-# model NAME SHARE SECONDS RATE: as many blocks as it sees in its share of the seconds, at RATE blocks a second
+# `base` leaves the levels above 1.5 to its expert, which costs less
+students() {
+    local left=$(($2 - 20))
+    model base 0.65 "$left" 500 distill --teacher base --levels 400 10 1.5 0.3 --lr 5e-4 --warmup-images 10000
+    model nano 0.35 "$left" 1300 distill --teacher nano --levels 400 10 2 0.4 --lr 5e-4 --warmup-images 10000
+    hand_over "$1"
+}
+
+# model NAME SHARE SECONDS RATE COMMAND OPTIONS...: as many blocks as it sees in its share, at RATE blocks a second
 model() {
-    local run=$data/$1 images
+    local run=$data/$1 preset=$1 command=$5 images
     images=$(python3 -c "print(int($2 * $3 * $4))")
     timeout --signal=INT --kill-after=20 "$(python3 -c "print(int($2 * $3 + 15))")" \
-        python3 -m pianodiff train $data/store "$run" --init "$1" --images "$images" --batch-size 256 --lr 1e-3 \
-        --warmup-images 50000 --decay-fraction 0.5 --P-mean -0.2 --P-std 1.8 --recolour 0.3 --compile --workers 12 \
-        --eval-blocks 256 --eval-images 250000 --log-images 20000 --snapshot-images 1000000000 || echo "$1 was stopped"
+        python3 -m pianodiff "$command" "$data/store" "$run" --preset "$preset" "${@:6}" --images "$images" \
+        --batch-size 256 --decay-fraction 0.5 --recolour 0.3 --compile --workers 12 --eval-blocks 256 \
+        --eval-images "$((images / 4))" --log-images 20000 --snapshot-images 1000000000 || echo "$1 was stopped"
+}
+
+hand_over() {
+    mkdir -p "$1"
+    for name in base nano; do
+        split -b 15M "$data/$name/model/model.safetensors" "$1/$name.safetensors."
+        cp "$data/$name/model/config.json" "$1/$name.json"
+        cp "$data/$name/log.csv" "$1/$name.csv"
+    done
 }
 
 case ${1-} in
     pack) pack "$2" ;;
     prepare) prepare ;;
-    train) train "$2" "$3" ;;
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    train | students) "$1" "$2" "$3" ;;
+    *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

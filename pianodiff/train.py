@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -156,13 +156,15 @@ class _State:
             self.optimizer.state[parameter] = state
 
 # %% ../nbs/10_train.ipynb #f90eb120
+from .recipe import DENOISING, Objective
+
 # what may change when a run is resumed; all else would make it another run
 _RESUMABLE = ("images", "accumulate", "mixed_precision", "compile", "in_memory",
               "workers", "log_images", "eval_images", "checkpoint_images",
               "checkpoint_seconds", "snapshot_images")
 # what earlier runs did without
 _LATER = {"recolour": 0.0, "label_dropout": TrainConfig.label_dropout,
-          "unet.labels": 0, "unet.seam": 0}
+          "unet.labels": 0, "unet.seam": 0, "objective": {}}
 
 
 def _as_json(value: Any) -> Any:
@@ -176,13 +178,16 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def _identity(
-    config: TrainConfig, info: Store, blocks: int, init: str | None
+    config: TrainConfig, info: Store, blocks: int, init: str | None,
+    objective: Objective = DENOISING,
 ) -> dict[str, Any]:
     """All that makes a run the one it is."""
     settings = {key: value for key, value in _as_json(config).items()
                 if key not in (*_RESUMABLE, "unet")}
     network = {f"unet.{key}": value for key, value in _as_json(config.network).items()}
-    data = {"source": info.source, "training blocks": blocks}
+    levels = {"levels": objective.levels} if objective.levels else {}
+    data = {"source": info.source, "training blocks": blocks,
+            "objective": _as_json(levels | dict(objective.facts))}
     return settings | network | data | {"init": init}
 
 # %% ../nbs/10_train.ipynb #2c35dd48
@@ -191,9 +196,10 @@ from .model import load_model, noise_levels
 from .recipe import Way, check_shape, hold_out, use_bf16
 
 # %% ../nbs/10_train.ipynb #6da3bccf
-def _licence(about: dict[str, Any]) -> dict[str, Any]:
-    """What a model, or an ancestor, says of its licence; nothing if it says nothing."""
-    return {key: about[key] for key in ("licence",) if key in about}
+def _handed_on(about: dict[str, Any]) -> dict[str, Any]:
+    """What a model, or an ancestor, says of its licence, sampler and steps."""
+    known = "licence", "sampler", "num_steps"
+    return {key: about[key] for key in known if key in about}
 
 
 def _from_model(
@@ -215,7 +221,8 @@ def _from_model(
                 ", and set recolour: it has labels" if theirs.labels > labels else "")
             raise ValueError(f"{init} ({model['name']}) and this run ({config.preset}) "
                              f"differ in {key}: {differences}; {advice}")
-    ancestor = {"name": model["name"], **_licence(model), **noise_levels(model),
+    levels = noise_levels({**model, "sigmas": None})  # those of a student's teacher
+    ancestor = {"name": model["name"], **_handed_on(model), **levels,
                 **model["training"]}
     facts = _Facts(mean=model["mean"], std=model["std"], ancestor=ancestor)
     return facts, net.state_dict()
@@ -241,8 +248,9 @@ class _Run:
     """A run in its folder: settings, processes, data, and the state of its training."""
 
     def __init__(self, store: str | os.PathLike, folder: Path, config: TrainConfig,
-                 init: str | os.PathLike | None, cache: Cache | None = None) -> None:
-        self.folder, self.config = folder, config
+                 init: str | os.PathLike | None, cache: Cache | None = None,
+                 objective: Objective = DENOISING) -> None:
+        self.folder, self.config, self.objective = folder, config, objective
         self.init = None if init is None else str(init)
         self.checkpoint = folder / "checkpoint.safetensors"
         self.accelerator = _join(config)
@@ -268,7 +276,7 @@ class _Run:
     def identity(self) -> dict[str, Any]:
         """What the run's checkpoints call it."""
         blocks = self.held.training_blocks
-        return _identity(self.config, self.data.info, blocks, self.init)
+        return _identity(self.config, self.data.info, blocks, self.init, self.objective)
 
 # %% ../nbs/10_train.ipynb #3d7aa60a
 def _begin(run: _Run) -> _State:
@@ -315,7 +323,7 @@ def _parts(run: _Run, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     config, (rank, world) = run.config, run.place
     # the last 0 keeps the numbers that version 0.1.0 drew
     torch.manual_seed(seed_of(5, config.seed, run.state.facts.step, 0))
-    noise = draw_noise(config, run.device)
+    noise = draw_noise(config, run.device, run.objective.levels)
     batch = {key: t.to(run.device, non_blocking=True) for key, t in batch.items()}
     batch |= {key: t.chunk(world)[rank] for key, t in noise.items()}
     parts = zip(*(t.chunk(config.accumulate) for t in batch.values()), strict=True)
@@ -331,7 +339,8 @@ def _loss(run: _Run, batch: dict[str, Tensor]) -> Tensor:
         last = part is parts[-1]
         with nullcontext() if last else run.accelerator.no_sync(network):
             with run.way.on(run.device):
-                loss = training_loss(run.denoiser, part, facts.mean, facts.std)
+                loss = training_loss(run.denoiser, part, facts.mean, facts.std,
+                                     run.objective.loss)
             run.accelerator.backward(loss / len(parts))
         mean_loss += loss.detach() / len(parts)
     return mean_loss
@@ -358,14 +367,14 @@ from .recipe import standardise, validation_losses
 
 # %% ../nbs/10_train.ipynb #f3d7fa9a
 def _validate(run: _Run) -> dict[str, float]:
-    """Loss at each of EVAL_SIGMAS, of the averaged weights, over all processes."""
+    """Loss of the averaged weights at each of `eval_sigmas`, over all processes."""
     facts, denoiser = run.state.facts, Denoiser(run.state.ema.net)
     y, cond = standardise(run.held.blocks, facts.mean, facts.std, denoiser.sigma_data)
     size = run.config.batch_size // (run.place[1] * run.config.accumulate)
-    losses = validation_losses(denoiser, y, cond, run.held.noise, size)
+    losses = validation_losses(denoiser, y, cond, run.held.noise, size, run.objective)
     own = torch.cat([losses.sum(0), losses.new_tensor([len(losses)])])
     *sums, blocks = run.accelerator.reduce(own).tolist()
-    levels = zip(EVAL_SIGMAS, sums, strict=True)
+    levels = zip(run.objective.eval_sigmas, sums, strict=True)
     loss = {f"{sigma:g}": total / blocks for sigma, total in levels}
     facts.validation = {"images": run.images, "split": run.held.split,
                         "blocks": int(blocks), "loss": loss}
@@ -384,12 +393,12 @@ def _card(run: _Run) -> dict[str, Any]:
                 "computing": run.way._asdict(),
                 "settings": {k: v for k, v in _as_json(config).items() if k != "unet"}}
     name = "custom" if config.unet else config.preset
-    levels = noise_levels(facts.ancestor or NOISE_LEVELS.get(name, {}))
+    known = facts.ancestor or NOISE_LEVELS.get(name, {})
     return {"format": MODEL_FORMAT, "name": name, "preset": config.preset,
-            **_licence(facts.ancestor or {}),
+            **_handed_on(known), **noise_levels(known),
             "spectrogram": asdict(info.cfg), "unet": _as_json(config.network),
             "mean": facts.mean, "std": facts.std, "sigma_data": run.denoiser.sigma_data,
-            **levels, "training": training}
+            **run.objective.facts, "training": training}
 
 
 def _save(run: _Run) -> None:
@@ -407,17 +416,17 @@ def _tell(text: str) -> None:
 
 
 class TrainLog:
-    """`log.csv` and TensorBoard events of a run.
+    """`log.csv` and TensorBoard events of a run that validates at `sigmas`.
 
     Rows after `images` are dropped: a resumed run writes them again. A `log.csv` that
     is something else is set aside as `log.csv.bad`.
     """
 
-    columns = ("images", "seconds", "loss", "lr", "grad_norm", "images_per_second",
-               *(f"val_{sigma:g}" for sigma in EVAL_SIGMAS))
-
-    def __init__(self, run: Path, images: int) -> None:
+    def __init__(self, run: Path, images: int,
+                 sigmas: Sequence[float] = EVAL_SIGMAS) -> None:
         self.path = run / "log.csv"
+        self.columns = ("images", "seconds", "loss", "lr", "grad_norm",
+                        "images_per_second", *(f"val_{sigma:g}" for sigma in sigmas))
         rows = self._rows(images) if images and self.path.exists() else []
         with whole_file(self.path) as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
@@ -468,8 +477,8 @@ class _Progress:
     """A run's bar and log; only the `main` process has them."""
 
     def __init__(self, run: Path, config: TrainConfig, images: int, seconds: float,
-                 main: bool) -> None:
-        self.log = TrainLog(run, images) if main else None
+                 main: bool, sigmas: Sequence[float] = EVAL_SIGMAS) -> None:
+        self.log = TrainLog(run, images, sigmas) if main else None
         self.bar = progress_bar(total=config.steps * config.batch_size, initial=images,
                                 unit=" blocks", disable=not main)
         self.history: list[tuple[float, float]] = []
@@ -521,7 +530,8 @@ def _try_ways(run: _Run) -> Way:
         def seconds(way: Way) -> float:
             begin = time.perf_counter()
             with way.on(run.device):
-                loss = training_loss(denoiser, part, facts.mean, facts.std)
+                loss = training_loss(denoiser, part, facts.mean, facts.std,
+                                     run.objective.loss)
             loss.backward()
             net.zero_grad()
             return time.perf_counter() - begin
@@ -589,7 +599,8 @@ def _loop(run: _Run, on_snapshot: Callable[[Path, int], object] | None) -> None:
     """Train to the end, or until told to stop."""
     config, state, due = run.config, run.state, partial(_due, run)
     facts, steps = state.facts, range(state.facts.step, config.steps)
-    progress = _Progress(run.folder, config, run.images, facts.seconds, run.main)
+    progress = _Progress(run.folder, config, run.images, facts.seconds, run.main,
+                         run.objective.eval_sigmas)
     with _Stop(run.main) as stop, closing(progress):
         clock, saved = time.perf_counter(), time.monotonic()
         for batch in ahead(partial(_draw, run), steps, config.workers):
@@ -705,6 +716,7 @@ def train(
     on_snapshot: Callable[[Path, int], object] | None = None,
     cache: str | os.PathLike | None = None,
     cache_size: float = 10,
+    objective: Objective = DENOISING,
 ) -> Path:
     """Train a network on a store of spectrograms; go on from `run`'s last checkpoint.
 
@@ -713,6 +725,7 @@ def train(
     `log.csv`, TensorBoard events and a lock. `init` is a model's folder to start from;
     its network and spectrogram must be the run's, and its mean and std are kept.
     `cache` is a folder that keeps up to `cache_size` GB of a store far away.
+    `objective` is what to train for, where it isn't denoising.
     `on_snapshot(model_folder, images)` is called each `config.snapshot_images` and at
     the end. Works in one process, and in each of many that `accelerate launch` starts.
 
@@ -729,7 +742,7 @@ def train(
     folder = Path(run)
     _check_run(folder, store)
     kept = None if cache is None else Cache(cache, cache_size)
-    this = _Run(store, folder, config, init, kept)
+    this = _Run(store, folder, config, init, kept, objective)
     if this.main:
         _tell_of_splits(this)
     try:

@@ -1,22 +1,36 @@
 """Chapter 20: losses and sampling of a student that needs a few steps."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
+from test_generate import tiny_piano
+from test_train import CONFIG, NETWORK, SPECTROGRAM, rows, store
 from torch import nn
 
 from pianodiff.edm import Denoiser, karras_sigmas
 from pianodiff.fewstep import (
+    StudentConfig,
     answer_for,
     consistency_loss,
+    copying,
+    distill,
     distillation_loss,
     fewstep_sample,
     jump,
     levels_between,
     walk,
 )
+from pianodiff.generate import Piano
+from pianodiff.model import load_model
+from pianodiff.recipe import TrainConfig
 from pianodiff.sampler import dpmpp_2m_sample
 
+assert store  # a fixture
+
 SHAPE = 3, 1, 4, 6
+LEVELS = 20.0, 2.0, 0.4
 
 
 class Net(nn.Module):
@@ -84,6 +98,16 @@ def test_only_the_student_learns_and_each_gets_its_own_condition():
     loss.mean().backward()
     assert student.net.weight.grad is not None and teacher.net.weight.grad is None
     assert student.net.seen == ["mine"] and teacher.net.seen == ["theirs"] * 4
+
+
+def test_the_last_walk_stops_where_its_teacher_does():
+    student, y, n = Denoiser(Net()), noise(0), noise(1)
+    losses = [distillation_loss(student, gaussian, y, n, sigma=2.0, lower=0.0, num_steps=2, sigma_min=low)
+              for low in (0.002, 0.5)]
+    end = dpmpp_2m_sample(gaussian, (y + 2 * n) / 2, sigmas=(2.0, 0.5, 0.0), dtype=torch.float32)
+    error = student(y + 2 * n, torch.full((3,), 2.0)) - end
+    torch.testing.assert_close(losses[1], 4.25 * error.square().flatten(1).mean(1))
+    assert not torch.allclose(*losses)
 
 
 def test_a_student_that_copies_one_step_has_no_loss():
@@ -156,3 +180,138 @@ def test_noise_has_the_shape_of_the_data():
                  lambda y, n: consistency_loss(Denoiser(Net()), y, torch.ones(3), n, ratio=0.5)):
         with pytest.raises(ValueError, match=r"noise has shape \[3, 1, 1, 1\] for y of"):
             loss(noise(0), noise(1, (3, 1, 1, 1)))
+
+
+# students of music
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Piano:
+    """It has labels, a guide and an expert, stops early, and lies in a folder with both."""
+    home = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        tiny_piano(SPECTROGRAM, NETWORK, seed=5).save_pretrained("coarse")  # without labels
+        strong = tiny_piano(SPECTROGRAM, replace(NETWORK, labels=16), seed=6)
+        strong.config["guide"] = "coarse"
+        strong.save_pretrained("strong")
+        mine = tiny_piano(SPECTROGRAM, replace(NETWORK, labels=16))
+        mine.config |= {"guide": "coarse", "guidance": 1.5, "guidance_interval": [0.1, 5.0], "sigma_min": 0.1,
+                        "rho": 9.0, "expert": "strong", "expert_above": 3.0}
+        mine.save_pretrained("mine")
+        yield Piano("mine", device="cpu")
+
+
+class Deaf(nn.Module):
+    """A student without labels."""
+
+    sigma_data = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = Denoiser(tiny_piano(SPECTROGRAM, NETWORK, seed=1).net)
+
+    def forward(self, x, sigma, cond):
+        return self.student(x, sigma, cond[:2])
+
+
+def a_batch(n: int = 3) -> tuple:
+    """Blocks, noise, and a condition: changed and known, unchanged and known, changed and without predecessor."""
+    y, prev, drawn = (0.5 * noise(seed, (n, 1, 32, 32)) for seed in range(3))
+    labels = torch.zeros(n, 16)
+    labels[::2, 0] = 1.0
+    return y, drawn, (prev, torch.arange(n) < n - 1, labels)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_student_of_music_copies_its_guided_teacher(teacher, level):
+    y, drawn, cond = a_batch()
+    found = copying(teacher, LEVELS, 3).loss(student := Deaf(), y, torch.full((3,), level), drawn, cond)
+
+    def guided(x, s, past=None):
+        strong, weak = (teacher.expert if s > 3 else teacher).denoiser, teacher.guide.denoiser
+        answer = strong(x, s, cond)
+        return weak(x, s, cond[:2]) + 1.5 * (answer - weak(x, s, cond[:2])) if 0.1 < s <= 5 else answer
+
+    lower = {20.0: 2.0, 2.0: 0.4, 0.4: 0.0}[level]
+    expected = distillation_loss(student, guided, y, drawn, cond, sigma=level, lower=lower, num_steps=3, rho=9.0,
+                                 sigma_min=0.1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_guide_the_teacher_is_led_away_from_itself_with_the_same_labels(teacher):
+    alone = {key: teacher.config[key] for key in teacher.config.keys() - {"guide", "expert", "expert_above"}}
+    y, drawn, cond = a_batch()
+    prev, has_prev, labels = cond
+    losses = {}
+    for weight in (1.0, 3.0):
+        piano = Piano(teacher.net, alone | {"guidance": weight, "guidance_interval": [0.0, 100.0]}, "cpu")
+        losses[weight] = copying(piano, LEVELS, 3).loss(student := Deaf(), y, torch.full((3,), 2.0), drawn, cond)
+
+    def guided(x, s, past=None):
+        answer = piano.denoiser(x, s, cond)
+        null = piano.denoiser(x, s, (prev, torch.zeros(3, dtype=torch.bool), labels))
+        return null + 3 * (answer - null)
+
+    expected = distillation_loss(student, guided, y, drawn, cond, sigma=2.0, lower=0.4, num_steps=3, rho=9.0,
+                                 sigma_min=0.1)
+    torch.testing.assert_close(losses[3.0], expected, rtol=1e-4, atol=1e-6)
+    assert losses[1.0][0] != losses[3.0][0] and losses[1.0][1] != losses[3.0][1]
+    torch.testing.assert_close(losses[1.0][2], losses[3.0][2])  # no predecessor, nothing to be led by
+
+
+@pytest.mark.parametrize("levels, steps", [
+    ((), 4), ((81.0, 1.0), 4), ((2.0, 2.0), 4), ((2.0, 3.0), 4), ((2.0, 0.1), 4), ((2.0, -1.0), 4), ((2.0,), 0),
+    ((math.nan,), 4), ((math.inf, 1.0), 4), ((2.0,), 2.5), ((2.0,), "4")])
+def test_levels_that_no_student_can_have(teacher, levels, steps):
+    with pytest.raises(ValueError, match="a student's levels fall, from at most 80 to above 0.1, ") as caught:
+        copying(teacher, levels, steps)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_student_of_a_student(teacher):
+    config = {key: teacher.config[key] for key in teacher.config.keys() - {"guide", "expert", "expert_above"}}
+    with pytest.raises(ValueError, match="tiny is a student itself; take another teacher"):
+        copying(Piano(teacher.net, config | {"sigmas": [2.0]}, "cpu"), (2.0,))
+
+
+FEW = StudentConfig(images=32, batch_size=4, accumulate=2, warmup_images=4, eval_blocks=4, eval_images=16,
+                    mixed_precision="no", workers=1, recolour=0.5)
+
+
+def test_a_student_is_trained_and_plays(store, teacher, tmp_path):  # noqa: F811
+    model = distill(store, tmp_path / "run", "mine", LEVELS, 2, FEW)
+    config = load_model(model)[1]
+    assert {"name": "tiny-3", "sigmas": list(LEVELS), "mean": 0.4}.items() <= config.items()
+    about = {"name": "tiny", "steps": 2, "guidance": 1.5, "guidance_interval": [0.1, 5.0], "sigma_min": 0.1,
+             "guide": "coarse", "expert": "strong"}
+    assert about.items() <= config["teacher"].items() and config["training"]["ancestor"]["name"] == "tiny"
+    assert not {"guide", "expert", "expert_above"} & config.keys()
+    first, last = rows(tmp_path / "run")[0], rows(tmp_path / "run")[-1]
+    assert {"val_20", "val_2", "val_0.4"} <= first.keys() and float(last["val_2"]) > 0
+    made = Piano(model, device="cpu")
+    assert made.sampling.num_steps == 3 and made.net.config == teacher.net.config
+    assert len(made.generate(0.3, seed=1)) == 2400
+    with pytest.raises(ValueError, match="tiny-3 is a student itself"):
+        distill(store, tmp_path / "again", model, LEVELS)
+
+
+def test_a_student_s_training_goes_on_wherever_its_teacher_lies(store, teacher, tmp_path, capsys):  # noqa: F811
+    distill(store, tmp_path / "run", "mine", LEVELS, 2, replace(FEW, images=16))
+    moved = tmp_path / "moved"
+    teacher.save_pretrained(moved)
+    model = distill(store, tmp_path / "run", moved, LEVELS, 2, FEW)
+    assert load_model(model)[1]["training"]["images"] == 32 and "goes on from" in capsys.readouterr().err
+    whole = distill(store, tmp_path / "whole", "mine", LEVELS, 2, FEW)
+    for name, weights in load_model(whole)[0].state_dict().items():  # the decay began earlier in the shorter one
+        torch.testing.assert_close(load_model(model)[0].state_dict()[name], weights, rtol=0.1, atol=0.05)
+    other = Piano(teacher.net, teacher.config | {"guidance": 2.0}, "cpu")
+    other.save_pretrained(moved)
+    with pytest.raises(ValueError, match="was begun otherwise: objective was "):
+        distill(store, tmp_path / "run", moved, LEVELS, 2, replace(FEW, images=48))
+
+
+@pytest.mark.parametrize("other", [{"unet": CONFIG.unet}, {"preset": "base"}])
+def test_a_student_has_its_teacher_s_network(store, teacher, tmp_path, other):  # noqa: F811
+    with pytest.raises(ValueError, match="a student has its teacher's network; leave out preset and unet"):
+        distill(store, tmp_path / "run", "mine", LEVELS, config=TrainConfig(**other))
+    assert not (tmp_path / "run").exists()

@@ -247,6 +247,19 @@ def test_the_loss_is_a_function_of_the_seed(data):
     assert losses[0] == losses[1] != losses[2] and 0.3 < losses[0] < 3
 
 
+def test_levels_take_the_place_of_what_is_drawn(data):
+    drawn = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        plain = draw_noise(CONFIG)
+        torch.manual_seed(seed)
+        few = draw_noise(CONFIG, levels=[9.0, 0.5])
+        drawn.append(float(few["sigma"][0]))
+        assert (few["sigma"] == drawn[-1]).all() and few["sigma"].shape == plain["sigma"].shape
+        assert all(torch.equal(few[key], plain[key]) for key in ("faults", "noise"))
+    assert set(drawn) == {9.0, 0.5}
+
+
 def test_noise_is_that_of_0_1_0(data):
     """Which drew it while it computed the loss, in this order: its runs go on, bit for bit."""
     net, batch = Denoiser(UNet(CONFIG.network)), draw_batch(data, len(data), CONFIG, step=0)

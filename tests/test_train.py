@@ -25,8 +25,18 @@ from pianodiff.audio import SpectrogramConfig, save_audio
 from pianodiff.data import BlockDataset, prepare
 from pianodiff.files import seed_of
 from pianodiff.model import load_model, noise_levels
-from pianodiff.recipe import EVAL_SIGMAS, WAYS, TrainConfig, Way, draw_batch, draw_noise, learning_rate
-from pianodiff.train import TrainLog, _parts, _Progress, _tell_of_start, load_checkpoint, save_checkpoint, train
+from pianodiff.recipe import (
+    DENOISING,
+    EVAL_SIGMAS,
+    WAYS,
+    Objective,
+    TrainConfig,
+    Way,
+    draw_batch,
+    draw_noise,
+    learning_rate,
+)
+from pianodiff.train import _parts, _Progress, _tell_of_start, load_checkpoint, save_checkpoint, train
 from pianodiff.unet import UNetConfig
 
 SPECTROGRAM = SpectrogramConfig(n_fft=64, hop_length=32, n_frames=32)
@@ -39,7 +49,7 @@ CONFIG = TrainConfig(unet=NETWORK, images=96, batch_size=4, lr=3e-3, warmup_imag
 IDENTITY = {"preset", "batch_size", "lr", "betas", "weight_decay", "warmup_images", "decay_fraction", "ema_std",
             "P_mean", "P_std", "cond_dropout", "cond_noise", "recolour", "label_dropout", "grad_clip", "seed",
             "eval_blocks", "source",
-            "training blocks", "init"}
+            "training blocks", "init", "objective"}
 
 
 def chords(folder: Path, files: int) -> Path:
@@ -330,12 +340,14 @@ def test_a_log_with_fewer_noise_levels_goes_on(store, whole, tmp_path, capsys):
     """Releases up to 0.2 did not validate at the highest one."""
     shutil.copy(whole / "checkpoint.safetensors", tmp_path)
     with open(tmp_path / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, TrainLog.columns[:-1], extrasaction="ignore")
+        columns = ("images", "seconds", "loss", "lr", "grad_norm", "images_per_second",
+                   *(f"val_{sigma:g}" for sigma in EVAL_SIGMAS))
+        writer = csv.DictWriter(file, columns[:-1], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows(whole))
     train(store, tmp_path, replace(CONFIG, images=112))
     assert "is no log" not in capsys.readouterr().err
-    last = TrainLog.columns[-1]
+    last = columns[-1]
     assert rows(tmp_path)[:-1] == [row | {last: ""} for row in rows(whole)]
     assert float(rows(tmp_path)[-1][last]) > 0
 
@@ -415,13 +427,16 @@ def test_fine_tuning_starts_from_a_model_and_keeps_its_scale(store, whole, tmp_p
     assert (config["mean"], config["std"]) == (old_config["mean"], old_config["std"])
     assert config["mean"] != BlockDataset(other, "train", random_offset=False).info.mean
     assert config["training"]["ancestor"]["images"] == 96 and config["training"]["validation"]["split"] == "train"
-    assert noise_levels(config) == noise_levels(old_config) == {"sigma_max": 80, "rho": 7}  # the ancestor's go on
+    paper = {"sigma_min": 0.002, "sigma_max": 80, "rho": 7}
+    assert noise_levels(config) == noise_levels(old_config) == paper  # the ancestor's go on
     about = whole / "model" / "config.json"
     louder = shutil.copytree(whole / "model", tmp_path / "louder")
-    changed = json.loads(about.read_text()) | {"sigma_max": 300.0, "licence": "A"}
+    changed = json.loads(about.read_text()) | {"sigma_max": 300.0, "licence": "A", "num_steps": 9, "sigmas": [9, 1],
+                                               "sampler": "heun"}
     (louder / "config.json").write_text(json.dumps(changed))
     kept = load_model(train(other, tmp_path / "run2", still, init=louder))[1]
     assert noise_levels(kept)["sigma_max"] == 300 and kept["licence"] == "A" and "licence" not in config
+    assert (kept["num_steps"], kept["sampler"]) == (9, "heun") and "sigmas" not in kept  # it learns to denoise again
     torch.testing.assert_close(net.state_dict(), old.state_dict(), rtol=0, atol=1e-6)
 
 
@@ -595,6 +610,50 @@ sys.stdout.write(f"one of {{PartialState().num_processes}}\\n")    # in one go
     assert Way(**facts["computing"]) in WAYS and done.stderr.count("a trial of 4 ways") == 1
 
 
+# something else to learn
+
+def halved(denoiser, y, sigma, noise, cond):
+    """A loss that is none of ours: the answer should be half of the block."""
+    x = y + sigma.reshape(-1, 1, 1, 1) * noise
+    return (denoiser(x, sigma, cond) - y / 2).square().flatten(1).mean(1)
+
+
+HALVED = Objective(halved, (2.0, 0.25), {"sigmas": [2.0, 0.25], "teacher": "nobody"})
+
+
+def test_a_run_may_learn_something_else(store, tmp_path):
+    seen = []
+
+    def spy(net, y, sigma, *rest):
+        if torch.is_grad_enabled():  # not in validation, which takes each level
+            seen.append(sigma)
+        return halved(net, y, sigma, *rest)
+
+    spied = HALVED._replace(loss=spy)
+    model = train(store, tmp_path / "run", replace(CONFIG, images=32, eval_images=16), objective=spied)
+    assert all((sigma == sigma[0]).all() for sigma in seen) and {float(s[0]) for s in seen} == {2.0, 0.25}
+    config = load_model(model)[1]
+    assert config["sigmas"] == [2.0, 0.25] and config["teacher"] == "nobody"
+    log = rows(tmp_path / "run")
+    assert {name for name in log[0] if name.startswith("val_")} == {"val_2", "val_0.25"}
+    assert config["training"]["validation"]["loss"].keys() == {"2", "0.25"}
+    assert float(log[-1]["val_2"]) == pytest.approx(config["training"]["validation"]["loss"]["2"], rel=1e-5)
+    for other in (DENOISING, HALVED._replace(facts={"teacher": "somebody"}), HALVED._replace(levels=(2.0, 0.5))):
+        with pytest.raises(ValueError, match="was begun otherwise: objective was "):
+            train(store, tmp_path / "run", replace(CONFIG, images=64), objective=other)
+    train(store, tmp_path / "run", replace(CONFIG, images=48, eval_images=16), objective=HALVED)  # it goes on
+    assert rows(tmp_path / "run")[-1]["images"] == "48"
+
+
+def test_a_run_of_an_older_release_has_no_objective(store, whole, tmp_path):
+    tensors, about = load_checkpoint(whole / "checkpoint.safetensors")
+    assert about["identity"].pop("objective") == {}
+    save_checkpoint(tmp_path / "checkpoint.safetensors", tensors, about)
+    train(store, tmp_path, replace(CONFIG, images=112))
+    with pytest.raises(ValueError, match="was begun otherwise: objective was {}"):
+        train(store, tmp_path, replace(CONFIG, images=128), objective=HALVED)
+
+
 # a step in parts
 
 @pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (1, 4), (4, 1), (2, 2)])
@@ -604,7 +663,7 @@ def test_parts_of_a_step_make_up_the_whole(store, world, accumulate):
     found = []
     for rank in range(world):
         batch = draw_batch(data, len(data), config, facts.step, rank, world)
-        run = SimpleNamespace(config=config, place=(rank, world), device=torch.device("cpu"),
+        run = SimpleNamespace(config=config, place=(rank, world), device=torch.device("cpu"), objective=DENOISING,
                               state=SimpleNamespace(facts=facts))
         found += _parts(run, batch)
     assert len(found) == world * accumulate

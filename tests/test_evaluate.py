@@ -109,7 +109,7 @@ def test_a_model_is_evaluated_by_its_name_and_its_command_gives_the_same(music, 
     assert first["seconds"]["making"] > 0 and first["generated"]["name"] == "nano" and first["generated"]["blocks"] == 8
     assert 0 <= first["joins"]["model"]["residue"]["auc"] <= 1
     assert first["sampling"] == {"sampler": "heun", "num_steps": 2, "guidance": 1.5, "guidance_interval": [0.2, 3],
-                                 "sigma_max": 400, "rho": 30, "guide": "guide"}
+                                 "sigma_min": 0.04, "sigma_max": 400, "rho": 30, "guide": "guide"}
     page = (tmp_path / "a.html").read_text()
     assert "<td>model: nano</td>" in page and "by logmel" in page and "The closest pairs by spectrogram" in page
     program, *words = shlex.split(first["command"])
